@@ -1,0 +1,1 @@
+"""Spin physics, likelihood, posteriors, confidence regions, stopping, and the next pulse: arrays in, arrays out."""

@@ -1,0 +1,6 @@
+"""The built-in scans by name."""
+
+from scansteer.protocols import larg_phantom, mt_mouse
+from scansteer.protocols.scan import Scan
+
+BUILTIN: dict[str, Scan] = {scan.name: scan for scan in (larg_phantom.PUBLISHED, mt_mouse.SCAN)}

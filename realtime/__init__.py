@@ -1,0 +1,1 @@
+"""Wire messages, journal, session, ZeroMQ server and client, gateway, replay, command line."""

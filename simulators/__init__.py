@@ -1,0 +1,1 @@
+"""Digital phantoms, the virtual scanner, the virtual sequence controller, closed-loop studies."""
