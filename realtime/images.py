@@ -1,0 +1,405 @@
+"""MRD images: from the bytes of a message to pixels with a place and a meaning, and back.
+
+A message body is what `ismrmrd.Image.to_bytes()` gives: 198-byte header, uint64 length, that many bytes of Meta XML, then the
+data as [channel, z, y, x] in C order, little-endian. Everything that a peer declares is compared with a bound, and with the
+bytes that are really there, before anything is allocated or parsed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+from xml.etree import ElementTree
+
+import ismrmrd
+import numpy as np
+
+from scansteer.core.errors import InputError
+
+Role = Literal["image", "t1", "t2", "b0", "b1", "fss", "kssw", "mask", "other"]
+Vector = tuple[float, float, float]
+
+HEADER_BYTES = ctypes.sizeof(ismrmrd.ImageHeader)
+MAX_VOXELS = 2**24
+"""Matrix x channels that is accepted unless the caller says otherwise (a 256 x 256 x 256 volume)."""
+MAX_META_BYTES = 2**20
+
+# 4 is int32 in the standard although ismrmrd-python maps it to int64.
+_DTYPES = {1: "<u2", 2: "<i2", 3: "<u4", 4: "<i4", 5: "<f4", 6: "<f8", 7: "<c8", 8: "<c16"}
+_DATA_TYPES = {np.dtype(dtype): number for number, dtype in _DTYPES.items()}
+
+_PHASE, _IMAGINARY, _RGB = 2, 4, 6
+_NAVIGATION_FLAG = 1 << (ismrmrd.IMAGE_IS_NAVIGATION_DATA - 1)
+
+_ROLES: dict[str, Role] = {
+    "T1": "t1", "T1MAP": "t1", "T2": "t2", "T2MAP": "t2", "FREQMAP": "b0", "B0": "b0", "B0MAP": "b0", "B1": "b1", "B1MAP": "b1",
+    "FSS": "fss", "FSSMAP": "fss", "KSSW": "kssw", "KSSWMAP": "kssw",
+    "MASK": "mask", "LABEL": "mask", "LABELS": "mask", "LABELMAP": "mask", "SEGMENTATION": "mask",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels of an image lie: matrix as (x, y, z); millimetres and directions in MRD's patient system (LPS)."""
+
+    matrix: tuple[int, int, int]
+    field_of_view_mm: Vector = (0.0, 0.0, 0.0)
+    """Extent of the volume; a value that is not positive means voxels of 1 mm."""
+    position_mm: Vector = (0.0, 0.0, 0.0)
+    """Centre of the volume."""
+    read_dir: Vector = (0.0, 0.0, 0.0)
+    phase_dir: Vector = (0.0, 0.0, 0.0)
+    slice_dir: Vector = (0.0, 0.0, 0.0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (z, y, x) of the pixel array."""
+        x, y, z = self.matrix
+        return z, y, x
+
+    @property
+    def voxel_mm(self) -> Vector:
+        sizes = [
+            extent / count if math.isfinite(extent) and extent > 0 else 1.0
+            for extent, count in zip(self.field_of_view_mm, self.matrix, strict=True)
+        ]
+        return sizes[0], sizes[1], sizes[2]
+
+    @property
+    def is_oriented(self) -> bool:
+        """Whether the three directions are orthonormal (within 1 %), hence to be believed."""
+        directions = np.array([self.read_dir, self.phase_dir, self.slice_dir])
+        return bool(np.all(np.isfinite(directions)) and np.allclose(directions @ directions.T, np.eye(3), atol=0.01))
+
+    def affine(self) -> np.ndarray:
+        """NIfTI affine, shape (4, 4): voxel index (x, y, z) to millimetres in RAS.
+
+        The position is that of the volume's centre, index (n - 1) / 2. Directions that cannot be believed give the identity: the
+        axes of the array are then taken as right, anterior, superior, which is an assumption and not a measurement.
+        """
+        lps_to_ras = np.diag([-1.0, -1.0, 1.0])
+        rotation = np.eye(3)
+        if self.is_oriented:
+            rotation = lps_to_ras @ np.array([self.read_dir, self.phase_dir, self.slice_dir]).T
+        affine = np.eye(4)
+        affine[:3, :3] = rotation * np.array(self.voxel_mm)
+        centre = np.nan_to_num(lps_to_ras @ np.array(self.position_mm), nan=0.0, posinf=0.0, neginf=0.0)
+        affine[:3, 3] = centre - affine[:3, :3] @ ((np.array(self.matrix) - 1) / 2)
+        return affine
+
+    def difference(self, other: Geometry) -> str | None:
+        """What differs in `other`, as half a sentence; none when the two place their voxels alike (within 0.01 mm and 0.001)."""
+        directions = ("read_dir", "phase_dir", "slice_dir")
+        if other.matrix != self.matrix:
+            return f"its matrix is {_by(other.matrix)} instead of {_by(self.matrix)}"
+        for name, tolerance in {"field_of_view_mm": 0.01, "position_mm": 0.01, **dict.fromkeys(directions, 1e-3)}.items():
+            here, there = getattr(self, name), getattr(other, name)
+            if not np.allclose(here, there, rtol=0, atol=tolerance, equal_nan=True):
+                return f"its {name} is {_listed(there)} instead of {_listed(here)}"
+        return None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One decoded image."""
+
+    pixels: np.ndarray
+    """Values, float64, shape (z, y, x): magnitude of complex data, root sum of squares of several channels, rescaled as Meta
+    asks. Real data keep their sign (a B0 map has one)."""
+    geometry: Geometry
+    role: Role = "image"
+    """What the image is, from Meta `DataRole` or `GADGETRON_DataRole`; phase, imaginary and colour images are `other`."""
+    repetition: int = 0
+    slice: int = 0
+    set: int = 0
+    contrast: int = 0
+    average: int = 0
+    series_index: int = 0
+    image_index: int = 0
+    meta: dict[str, str] = field(default_factory=dict)
+    """Meta attributes; several values of one name are joined by a backslash, as in DICOM."""
+    data_type: int = 5
+    """MRD number of the pixels' type as they were sent."""
+    is_dummy: bool = False
+    """Declared not to be data: navigation flag, a DataRole `DUMMY`, or Meta `IsDummy`."""
+
+
+def decode_frame(message: bytes | bytearray | memoryview, *, max_voxels: int = MAX_VOXELS) -> Frame:
+    """Decode the body of an MRD image message.
+
+    Rescaling: value = stored x `RescaleSlope` + `RescaleIntercept` if Meta has them, before channels are combined.
+
+    Parameters
+    ----------
+    message
+        Header, Meta length, Meta, data; nothing before or after.
+    max_voxels
+        Largest matrix x channels that is accepted.
+
+    Raises
+    ------
+    InputError
+        One sentence that says what is wrong with the message. NaN and empty pictures are left to `check_usable`.
+    """
+    view = memoryview(message).cast("B")
+    header = _header(view)
+    shape = _declared_shape(header, max_voxels)
+    meta_bytes, payload = _split(view)
+    dtype = _payload_dtype(header.data_type, math.prod(shape), len(payload))
+    meta = _parse_meta(meta_bytes)
+    stored = np.frombuffer(payload, dtype).reshape(shape)
+    pixels = _rescale(stored.astype(np.complex128 if stored.dtype.kind == "c" else np.float64), meta)
+    role = _role(meta, header.image_type)
+    if pixels.dtype.kind == "c":
+        pixels = np.abs(pixels)
+    if shape[0] > 1 and role not in ("image", "other"):
+        raise InputError(f"The {role} map has {shape[0]} channels; send one combined map.")
+    pixels = np.sqrt(np.sum(pixels**2, axis=0)) if shape[0] > 1 else pixels[0]
+    return Frame(
+        pixels=pixels,
+        geometry=_geometry(header),
+        role=role,
+        repetition=header.repetition,
+        slice=header.slice,
+        set=header.set,
+        contrast=header.contrast,
+        average=header.average,
+        series_index=header.image_series_index,
+        image_index=header.image_index,
+        meta=meta,
+        data_type=header.data_type,
+        is_dummy=_is_dummy(meta, header.flags),
+    )
+
+
+def check_usable(frame: Frame) -> None:
+    """Refuse an image that says nothing.
+
+    Raises
+    ------
+    InputError
+        A pixel is NaN or infinite, or all are zero.
+    """
+    n_bad = int(np.count_nonzero(~np.isfinite(frame.pixels)))
+    if n_bad:
+        raise InputError(f"The image of repetition {frame.repetition} has {n_bad} NaN or infinite pixels; it is not used.")
+    if not frame.pixels.any():
+        raise InputError(f"The image of repetition {frame.repetition} is zero everywhere; it is not used.")
+
+
+def image_message(
+    pixels: np.ndarray,
+    geometry: Geometry | None = None,
+    *,
+    repetition: int = 0,
+    slice: int = 0,
+    set: int = 0,
+    contrast: int = 0,
+    average: int = 0,
+    series_index: int = 0,
+    image_index: int = 0,
+    meta: Mapping[str, str | list[str]] | None = None,
+    flags: int = 0,
+) -> bytes:
+    """Build the body of an MRD image message.
+
+    Parameters
+    ----------
+    pixels
+        Shape (y, x), (z, y, x) or (channel, z, y, x); sent in its own type (unsigned or signed 16 or 32 bit, float or complex).
+    geometry
+        Placement; its matrix must be that of the pixels. None: nothing is known but the matrix.
+    repetition, slice, set, contrast, average, series_index, image_index
+        Counters of the header; they wrap at 65536, as MRD's do.
+    meta
+        Meta attributes, a list for several values.
+    flags
+        MRD image flags.
+
+    Raises
+    ------
+    InputError
+        The type has no MRD number, or the geometry is another matrix's.
+    """
+    if not 2 <= pixels.ndim <= 4:
+        raise InputError(f"An image is (y, x), (z, y, x) or (channel, z, y, x); got {pixels.ndim} axes.")
+    data = np.ascontiguousarray(pixels.reshape((1,) * (4 - pixels.ndim) + pixels.shape))
+    data_type = _DATA_TYPES.get(data.dtype.newbyteorder("<"))
+    if data_type is None:
+        raise InputError(f"MRD images cannot hold {data.dtype}; convert the pixels to float32 or a 16 or 32 bit integer.")
+    channels, z, y, x = data.shape
+    geometry = geometry or Geometry((x, y, z))
+    if geometry.matrix != (x, y, z):
+        raise InputError(f"The geometry is for a matrix {_by(geometry.matrix)}, the pixels are {_by((x, y, z))}.")
+    header = ismrmrd.ImageHeader(
+        version=1, data_type=data_type, flags=flags, channels=channels, matrix_size=(x, y, z),
+        field_of_view=geometry.field_of_view_mm, position=geometry.position_mm,
+        read_dir=geometry.read_dir, phase_dir=geometry.phase_dir, slice_dir=geometry.slice_dir,
+        average=average & 0xFFFF, slice=slice & 0xFFFF, contrast=contrast & 0xFFFF, repetition=repetition & 0xFFFF,
+        set=set & 0xFFFF, image_type=5 if data.dtype.kind == "c" else 1, image_index=image_index & 0xFFFF,
+        image_series_index=series_index & 0xFFFF,
+    )  # fmt: skip
+    text = ismrmrd.Meta(meta or {}).serialize().encode("utf-8")
+    header.attribute_string_len = len(text)
+    little_endian = data.astype(_DTYPES[data_type], copy=False)
+    return bytes(header) + len(text).to_bytes(8, "little") + text + little_endian.tobytes()
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """The message of a frame: pixels as float32, counters, geometry and Meta kept.
+
+    Meta's rescale attributes are dropped (they are applied already) and a role that Meta does not name is written as `DataRole`.
+    """
+    meta: dict[str, str | list[str]] = {
+        name: value.split("\\") for name, value in frame.meta.items() if name not in ("RescaleSlope", "RescaleIntercept")
+    }
+    if not _data_roles(frame.meta):
+        meta["DataRole"] = "FREQMAP" if frame.role == "b0" else frame.role.upper()
+    if frame.is_dummy:
+        meta["IsDummy"] = "1"
+    return image_message(
+        frame.pixels.astype(np.float32),
+        frame.geometry,
+        repetition=frame.repetition,
+        slice=frame.slice,
+        set=frame.set,
+        contrast=frame.contrast,
+        average=frame.average,
+        series_index=frame.series_index,
+        image_index=frame.image_index,
+        meta=meta,
+    )
+
+
+def _header(view: memoryview) -> ismrmrd.ImageHeader:
+    if len(view) < HEADER_BYTES + 8:
+        raise InputError(f"The image message has {len(view)} bytes, fewer than an MRD image header ({HEADER_BYTES + 8}).")
+    return ismrmrd.ImageHeader.from_buffer_copy(view[:HEADER_BYTES])
+
+
+def _declared_shape(header: ismrmrd.ImageHeader, max_voxels: int) -> tuple[int, int, int, int]:
+    x, y, z = header.matrix_size
+    shape = int(header.channels), int(z), int(y), int(x)
+    if math.prod(shape) == 0:
+        raise InputError(f"The image header declares no voxels: matrix {_by((x, y, z))}, {header.channels} channels.")
+    if math.prod(shape) > max_voxels:
+        raise InputError(
+            f"The image header declares {math.prod(shape)} values (matrix {_by((x, y, z))}, {header.channels} channels), "
+            f"more than the {max_voxels} that are accepted."
+        )
+    return shape
+
+
+def _split(view: memoryview) -> tuple[memoryview, memoryview]:
+    """(Meta, data) of a message."""
+    start = HEADER_BYTES + 8
+    meta_length = int.from_bytes(view[HEADER_BYTES:start], "little")
+    if meta_length > MAX_META_BYTES:
+        raise InputError(f"The image message declares {meta_length} bytes of Meta, more than the {MAX_META_BYTES} accepted.")
+    if meta_length > len(view) - start:
+        raise InputError(f"The image message declares {meta_length} bytes of Meta but ends after {len(view) - start}.")
+    return view[start : start + meta_length], view[start + meta_length :]
+
+
+def _payload_dtype(data_type: int, n_values: int, n_bytes: int) -> np.dtype:
+    if data_type not in _DTYPES:
+        raise InputError(f"The image header has data_type {data_type}; MRD knows 1 to 8.")
+    dtype = np.dtype(_DTYPES[data_type])
+    if data_type == 4 and n_bytes == 8 * n_values:
+        return np.dtype("<i8")  # what ismrmrd-python sends as type 4; here the length tells the two apart
+    if n_bytes != n_values * dtype.itemsize:
+        raise InputError(f"The image message has {n_bytes} bytes of pixels, its header declares {n_values * dtype.itemsize}.")
+    return dtype
+
+
+def _parse_meta(raw: memoryview) -> dict[str, str]:
+    """Meta XML as a dictionary. A document type is refused: no peer has a use for entities."""
+    try:
+        text = bytes(raw).split(b"\0", 1)[0].decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"The Meta attributes of the image are not UTF-8: byte {error.start}.") from error
+    if not text:
+        return {}
+    if "<!doctype" in text.lower():
+        raise InputError("The Meta attributes of the image contain a document type, which is not accepted.")
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise InputError(f"The Meta attributes of the image are not XML: {error}.") from error
+    if root.tag != "ismrmrdMeta":
+        raise InputError(f"The Meta attributes of the image are <{root.tag}>, not <ismrmrdMeta>.")
+    meta: dict[str, str] = {}
+    for entry in root.findall("meta"):
+        name = entry.findtext("name", "").strip()
+        values = [value.text or "" for value in entry.findall("value")]
+        meta[name] = "\\".join([meta[name], *values] if name in meta else values)
+    return meta
+
+
+def _rescale(pixels: np.ndarray, meta: Mapping[str, str]) -> np.ndarray:
+    slope, intercept = _number(meta, "RescaleSlope", 1.0), _number(meta, "RescaleIntercept", 0.0)
+    if slope <= 0:
+        raise InputError(f"RescaleSlope of the image must be positive, got {slope:g}.")
+    if pixels.dtype.kind == "c" and intercept != 0:
+        raise InputError(f"RescaleIntercept {intercept:g} has no meaning for complex pixels; send the magnitude or leave it out.")
+    return pixels if (slope, intercept) == (1.0, 0.0) else pixels * slope + intercept
+
+
+def _number(meta: Mapping[str, str], name: str, default: float) -> float:
+    text = meta.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{name} of the image must be a number, got {text!r}.")
+    return value
+
+
+def _data_roles(meta: Mapping[str, str]) -> list[str]:
+    named = [meta[name] for name in ("DataRole", "GADGETRON_DataRole") if name in meta]
+    return [role.strip().upper() for text in named for role in text.split("\\") if role.strip()]
+
+
+def _role(meta: Mapping[str, str], image_type: int) -> Role:
+    roles = _data_roles(meta)
+    for role in roles:
+        if role in _ROLES:
+            return _ROLES[role]
+    if image_type in (_PHASE, _IMAGINARY, _RGB):
+        return "other"
+    return "image" if not roles or {"IMAGE", "DUMMY"} & {*roles} else "other"
+
+
+def _is_dummy(meta: Mapping[str, str], flags: int) -> bool:
+    declared = meta.get("IsDummy", "").strip().lower() in ("1", "true", "yes")
+    return declared or "DUMMY" in _data_roles(meta) or bool(flags & _NAVIGATION_FLAG)
+
+
+def _geometry(header: ismrmrd.ImageHeader) -> Geometry:
+    def three(values: object) -> Vector:
+        a, b, c = (float(value) for value in values)  # type: ignore[attr-defined]
+        return a, b, c
+
+    x, y, z = (int(size) for size in header.matrix_size)
+    return Geometry(
+        matrix=(x, y, z),
+        field_of_view_mm=three(header.field_of_view),
+        position_mm=three(header.position),
+        read_dir=three(header.read_dir),
+        phase_dir=three(header.phase_dir),
+        slice_dir=three(header.slice_dir),
+    )
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in sizes)
+
+
+def _listed(values: Vector) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
