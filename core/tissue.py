@@ -25,6 +25,8 @@ class Pool(eqx.Module):
     """Chemical shift from water [Hz], positive on the amide side."""
     lineshape: Lineshape = eqx.field(static=True, default="bloch")
     """`bloch`: x-y-z magnetisation; the others: z only, absorbing with that lineshape."""
+    cutoff_hz: float = eqx.field(static=True, default=0.0)
+    """Super-Lorentzian only: closer to resonance than this [Hz] the line, which diverges there, is bridged (one ppm of the field)."""
 
 
 class Tissue(eqx.Module):
