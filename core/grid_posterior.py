@@ -1,0 +1,63 @@
+"""The reference posterior: exact on a lattice over the box of (f, k), one image at a time.
+
+Voxels are processed in blocks of a fixed size, padded: shapes never change, so nothing is compiled after the first image, and a voxel's
+answer does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scansteer.core import likelihood, region
+from scansteer.core.likelihood import Noise, Sums
+from scansteer.core.region import Box, Summary
+
+
+class Prior(eqx.Module):
+    """The box of (f, k) and the prior density in it."""
+
+    box: Box
+    log_density: Float[Array, " cell"]
+    """Normalised over the box: log of 1 / (f x 1/s); cells are f-major."""
+
+
+class Info(eqx.Module):
+    """What a person or a monitor wants to see of one block of voxels after an image."""
+
+    summary: Summary
+    nrmse: Float[Array, " voxel"]
+    """Norm of the residual at the MAP over the norm of the signal."""
+    amplitude: Float[Array, " voxel"]
+    """Amplitude at the MAP [pixel units per M0]."""
+    log_posterior: Float[Array, "voxel cell"]
+    """On the lattice, up to a constant per voxel; float32."""
+
+
+def make_prior(lower: Float[Array, " 2"], upper: Float[Array, " 2"], n_points: tuple[int, int], logarithmic: tuple[bool, bool]) -> Prior:
+    """Independent uniform or log-uniform priors over a box; a log-uniform one needs a positive lower bound."""
+    densities = []
+    for axis in (0, 1):
+        points = jnp.linspace(lower[axis], upper[axis], n_points[axis])
+        log_uniform = -jnp.log(points) - jnp.log(jnp.log(upper[axis] / lower[axis])) if logarithmic[axis] else None
+        densities.append(jnp.full(n_points[axis], -jnp.log(upper[axis] - lower[axis])) if log_uniform is None else log_uniform)
+    density = (densities[0][:, None] + densities[1][None]).reshape(-1)
+    return Prior(Box(lower, upper, n_points), density.astype(jnp.float32))
+
+
+def expected_columns(weights: Float[Array, "group mixture column node"], signals: Float[Array, "node cell"]) -> Array:
+    """The likelihood's columns (column, group, mixture, cell) from the dictionary's signals of one image."""
+    return jnp.einsum("gmcn,nx->cgmx", weights, signals)
+
+
+def infer(sums: Sums, noise: Noise, prior: Prior) -> Info:
+    """The posterior of every voxel of a block."""
+    fit = likelihood.fit(sums, noise)
+    log_posterior = fit.log_likelihood + prior.log_density
+    shape = (-1, *prior.box.n_points)
+    summary = region.summarise(log_posterior.reshape(shape), prior.log_density.reshape(prior.box.n_points), prior.box)
+    at_map = tuple(((summary.map - prior.box.lower) / prior.box.step()).astype(jnp.float32)[:, axis, None] for axis in (0, 1))
+    residual, amplitude = (region.interpolate(field.reshape(shape), at_map)[:, 0, 0] for field in (fit.residual, fit.amplitude))
+    nrmse = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(sums.energy, 1e-30))
+    return Info(summary, nrmse, amplitude, log_posterior)

@@ -1,0 +1,84 @@
+"""From a `Scan` to the arrays that the reference posterior works with: lattice, nuisance axes, forward model, prior."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from scansteer.core import grid_posterior, nuisance
+from scansteer.core.dictionary import Forward
+from scansteer.core.grid_posterior import Prior
+from scansteer.core.nuisance import Axis
+from scansteer.protocols import tissue_model
+from scansteer.protocols.scan import Range, Scan, bounds
+
+N_POINTS = (48, 48)
+"""Lattice over the box; the confidence regions are interpolated from it (core.region)."""
+
+
+class Model(NamedTuple):
+    """A scan, ready to be simulated and inverted."""
+
+    chain_axes: tuple[Axis, ...]
+    tissue_axes: tuple[Axis, ...]
+    forward: Forward
+    prior: Prior
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return self.chain_axes + self.tissue_axes
+
+
+def model(scan: Scan, n_points: tuple[int, int] = N_POINTS) -> Model:
+    """Assemble the arrays; nothing is simulated yet."""
+    fraction, rate = scan.parameters.values()
+    lower, upper = jnp.array([fraction.lower, rate.lower]), jnp.array([fraction.upper, rate.upper])
+    prior = grid_posterior.make_prior(lower, upper, n_points, (fraction.prior == "log-uniform", rate.prior == "log-uniform"))
+    points = [np.linspace(p.lower, p.upper, n) for p, n in zip((fraction, rate), n_points, strict=True)]
+    lattice = np.meshgrid(*points, indexing="ij")
+    values: dict[str, np.ndarray] = {name: grid.reshape(1, -1) for name, grid in zip(scan.parameter_names, lattice, strict=True)}
+    chain, tissue = chain_axes(scan), tissue_axes(scan)
+    nodes = nuisance.tensor_nodes(tissue)
+    values |= {axis.name: nodes[:, j, None] for j, axis in enumerate(tissue)}
+    shape = (len(nodes), lattice[0].size)
+    described = tissue_model.tissue(scan, {name: jnp.asarray(np.broadcast_to(value, shape)) for name, value in values.items()})
+    return Model(chain, tissue, _forward(scan, chain, described), prior)
+
+
+def tissue_axes(scan: Scan) -> tuple[Axis, ...]:
+    """Nuisances of tissue and field with a range; a range of no width is a constant."""
+    described: dict[str, Range] = dict(scan.auxiliaries)
+    described |= {tissue_model.pool_t2_name(pool): pool.t2_s for pool in scan.pools if isinstance(pool.t2_s, Range)}
+    return tuple(_axis(name, span) for name, span in described.items() if span.upper > span.lower)
+
+
+def chain_axes(scan: Scan) -> tuple[Axis, ...]:
+    """Nuisances of the chain of images: what a readout leaves (polynomial of low degree), and the first state (exactly linear)."""
+    axes = []
+    if isinstance(scan.readout.carry_over, Range) and scan.readout.carry_over.upper > scan.readout.carry_over.lower:
+        axes.append(Axis("carry_over", scan.readout.carry_over.lower, scan.readout.carry_over.upper, n_nodes=3))
+    if isinstance(scan.first_state.mz, Range) and scan.first_state.mz.upper > scan.first_state.mz.lower:
+        axes.append(Axis("first_mz", scan.first_state.mz.lower, scan.first_state.mz.upper, n_nodes=2))
+    return tuple(axes)
+
+
+def _axis(name: str, span: Range) -> Axis:
+    if name.endswith("_s") and span.lower > 0:  # relaxation times: log scale, more nodes for wider ranges
+        octaves = np.log2(span.upper / span.lower)
+        return Axis(name, span.lower, span.upper, n_nodes=3 if octaves < 0.7 else 4 if octaves < 2 else 5, logarithmic=True)
+    return Axis(name, span.lower, span.upper, n_nodes=3)
+
+
+def _forward(scan: Scan, chain: tuple[Axis, ...], tissue) -> Forward:
+    nodes = nuisance.tensor_nodes(chain)
+    at = {axis.name: nodes[:, j] for j, axis in enumerate(chain)}
+    carry, mz = scan.readout.carry_over, scan.first_state.mz
+    return Forward(
+        tissue=tissue,
+        train=tissue_model.train(scan),
+        readout=tissue_model.readout(scan),
+        carry_over=None if carry is None else jnp.asarray(at.get("carry_over", np.full(len(nodes), bounds(carry)[0]))),
+        first_mz=jnp.asarray(at.get("first_mz", np.full(len(nodes), bounds(mz)[0]))),
+    )
