@@ -55,11 +55,15 @@ def reading(forward: Forward) -> spin.ReadoutMap:
 def play(
     forward: Forward, read: spin.ReadoutMap, state: Magnetisation, block: spin.LongitudinalMap
 ) -> tuple[Magnetisation, Float[Array, "node cell"]]:
-    """Play one block and read it: the new state, and the signals per unit amplitude at every (chain x tissue) node."""
+    """Play one block and read it.
+
+    The new state, and the signals per unit amplitude at every (chain x tissue) node; the last node reads 1 always, for an additive offset.
+    """
     mz = jnp.einsum("pqtg,qctg->pctg", block.matrix, state.mz) + block.shift[:, None]
     signal = jnp.sum(read.weight[:, None] * mz, axis=0) + read.offset
     if forward.carry_over is None:
         left = jnp.einsum("pqtg,qctg->pctg", read.leave.matrix, mz) + read.leave.shift[:, None]
     else:
         left = forward.carry_over[:, None, None] * mz
-    return Magnetisation(left), signal.reshape(-1, signal.shape[-1])
+    nodes = signal.reshape(-1, signal.shape[-1])
+    return Magnetisation(left), jnp.concatenate([nodes, jnp.ones_like(nodes[:1])])

@@ -19,8 +19,12 @@ class Prior(eqx.Module):
     """The box of (f, k) and the prior density in it."""
 
     box: Box
-    log_density: Float[Array, " cell"]
-    """Normalised over the box: log of 1 / (f x 1/s); cells are f-major."""
+    log_density: tuple[Float[Array, " f"], Float[Array, " k"]]
+    """Of f and of k at the lattice points, each normalised over its side of the box; float32."""
+
+    def on_cells(self) -> Float[Array, " cell"]:
+        """Joint log density; cells are f-major."""
+        return (self.log_density[0][:, None] + self.log_density[1]).reshape(-1)
 
 
 class Info(eqx.Module):
@@ -37,13 +41,13 @@ class Info(eqx.Module):
 
 def make_prior(lower: Float[Array, " 2"], upper: Float[Array, " 2"], n_points: tuple[int, int], logarithmic: tuple[bool, bool]) -> Prior:
     """Independent uniform or log-uniform priors over a box; a log-uniform one needs a positive lower bound."""
-    densities = []
-    for axis in (0, 1):
-        points = jnp.linspace(lower[axis], upper[axis], n_points[axis])
-        log_uniform = -jnp.log(points) - jnp.log(jnp.log(upper[axis] / lower[axis])) if logarithmic[axis] else None
-        densities.append(jnp.full(n_points[axis], -jnp.log(upper[axis] - lower[axis])) if log_uniform is None else log_uniform)
-    density = (densities[0][:, None] + densities[1][None]).reshape(-1)
-    return Prior(Box(lower, upper, n_points), density.astype(jnp.float32))
+    def density(axis: int) -> Array:
+        low, high = lower[axis], upper[axis]
+        points = jnp.linspace(low, high, n_points[axis])
+        value = -jnp.log(points * jnp.log(high / low)) if logarithmic[axis] else jnp.full(n_points[axis], -jnp.log(high - low))
+        return value.astype(jnp.float32)
+
+    return Prior(Box(lower, upper, n_points), (density(0), density(1)))
 
 
 def expected_columns(weights: Float[Array, "group mixture column node"], signals: Float[Array, "node cell"]) -> Array:
@@ -54,9 +58,9 @@ def expected_columns(weights: Float[Array, "group mixture column node"], signals
 def infer(sums: Sums, noise: Noise, prior: Prior) -> Info:
     """The posterior of every voxel of a block."""
     fit = likelihood.fit(sums, noise)
-    log_posterior = fit.log_likelihood + prior.log_density
+    log_posterior = fit.log_likelihood + prior.on_cells()
     shape = (-1, *prior.box.n_points)
-    summary = region.summarise(log_posterior.reshape(shape), prior.log_density.reshape(prior.box.n_points), prior.box)
+    summary = region.summarise(log_posterior.reshape(shape), prior.log_density, prior.box)
     at_map = tuple(((summary.map - prior.box.lower) / prior.box.step()).astype(jnp.float32)[:, axis, None] for axis in (0, 1))
     residual, amplitude = (region.interpolate(field.reshape(shape), at_map)[:, 0, 0] for field in (fit.residual, fit.amplitude))
     nrmse = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(sums.energy, 1e-30))

@@ -96,6 +96,19 @@ def columns(axes: Sequence[Axis], knowledge: Sequence[Knowledge]) -> Float[np.nd
     return np.stack(blocks, axis=1)
 
 
+def with_offset(
+    columns: Float[np.ndarray, "voxel mixture column node"], centre: float, sd: float
+) -> Float[np.ndarray, "voxel mixture column_ node_"]:
+    """Append the node that always reads 1: the mean signal gains `centre`, and an unknown offset (sd > 0) is one more column."""
+    padded = np.concatenate([columns, np.zeros_like(columns[..., :1])], axis=-1)
+    padded[:, :, 0, -1] = centre
+    if sd == 0:
+        return padded
+    row = np.zeros_like(padded[:, :, :1])
+    row[..., -1] = sd
+    return np.concatenate([padded, row], axis=2)
+
+
 def _axis_weights(axis: Axis, known: Knowledge, index: int, n_voxels: int) -> tuple[np.ndarray, np.ndarray]:
     centre, sd = (np.broadcast_to(item[:, index], n_voxels) for item in known)
     centre = np.clip(centre, axis.lower, axis.upper)

@@ -49,8 +49,8 @@ class Summary(eqx.Module):
     """Mass in the fuller of the two edge rows of each parameter."""
 
 
-def summarise(log_posterior: Float[Array, "voxel f k"], log_prior: Float[Array, "f k"], box: Box) -> Summary:
-    """Summarise log posterior densities over (f, k), each up to a constant."""
+def summarise(log_posterior: Float[Array, "voxel f k"], log_prior: tuple[Float[Array, " f"], Float[Array, " k"]], box: Box) -> Summary:
+    """Summarise log posterior densities over (f, k), each up to a constant; the prior is the product of two normalised ones."""
     log_posterior = jnp.maximum(log_posterior - jnp.max(log_posterior, axis=(1, 2), keepdims=True), _FLOOR)
     outer = _lattice_window(log_posterior)
     wide = _zoom(log_posterior, outer)
@@ -59,9 +59,9 @@ def summarise(log_posterior: Float[Array, "voxel f k"], log_prior: Float[Array, 
     edges = [_edge_mass(marginal, outer[axis], box.n_points[axis]) for axis, marginal in enumerate(marginals)]
     inner = tuple(_shrink(marginal, outer[axis], box.n_points[axis]) for axis, marginal in enumerate(marginals))
     fine = _zoom(log_posterior, inner)
-    return _describe(
-        fine, inner, box, anytime_area=_anytime_area(wide, _zoom(log_prior[None], outer), outer, box), edge_mass=jnp.stack(edges, 1)
-    )
+    prior = [(_weights(_positions(outer[axis]), box.n_points[axis]) @ log_prior[axis]) for axis in (0, 1)]
+    anytime = _anytime_area(wide, prior[0][:, :, None] + prior[1][:, None], outer, box)
+    return _describe(fine, inner, box, anytime_area=anytime, edge_mass=jnp.stack(edges, 1))
 
 
 _FLOOR = -1e4

@@ -37,8 +37,8 @@ SCAN = Scan(
     auxiliaries={
         "t1_s": Auxiliary(lower=1.0, upper=2.8, map_error_relative=0.03),
         "t2_s": Auxiliary(lower=0.025, upper=0.15, map_error_relative=0.05),
-        "b0_ppm": Auxiliary(lower=-0.1, upper=0.1, map_error=0.02),
-        "b1_relative": Auxiliary(lower=0.9, upper=1.1, map_error_relative=0.03),
+        "b0_ppm": Auxiliary(lower=0.0, upper=0.0, map_error=0.02),
+        "b1_relative": Auxiliary(lower=0.97, upper=1.03, map_error_relative=0.03),
     },
     noise=Noise(),
     stop=Stop(),

@@ -1,0 +1,85 @@
+"""When enough is known: a pure rule on the voxels' intervals, with a streak of confirmations and a veto.
+
+State and update, as everywhere: `init`, then `update` once per image. The rule and its targets are fixed before the scan.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+PRIOR_LIMIT = 0.025
+"""A voxel with more of its mass than this in an edge row of the box is prior-limited and never converged."""
+
+
+class Rule(NamedTuple):
+    """Targets, fixed before the scan."""
+
+    halfwidth_relative: tuple[float, float]
+    """Largest acceptable half-width of the 95 % interval over the estimate, for f and k."""
+    fraction_converged: float
+    n_min: int
+    confirmations: int
+
+
+class Region(NamedTuple):
+    """How far one region has come."""
+
+    name: str
+    fraction_converged: float
+
+
+class State(NamedTuple):
+    streak: int
+    """Consecutive images at which every region met the target."""
+    would_stop_at: int | None
+    """n at which a stop was first called."""
+
+
+class Verdict(NamedTuple):
+    stop: bool
+    reason: str
+
+
+def init() -> State:
+    return State(0, None)
+
+
+def relative_halfwidth(
+    estimate: Float[np.ndarray, "voxel 2"], lower: Float[np.ndarray, "voxel 2"], upper: Float[np.ndarray, "voxel 2"]
+) -> Float[np.ndarray, "voxel 2"]:
+    """Half the interval over the estimate; infinite where the estimate is zero."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(estimate > 0, (upper - lower) / 2 / estimate, np.inf)
+
+
+def converged(rule: Rule, halfwidth: Float[np.ndarray, "voxel 2"], edge_mass: Float[np.ndarray, "voxel 2"]) -> Bool[np.ndarray, " voxel"]:
+    """Voxels that meet both targets and are not limited by the prior's box."""
+    return np.all((halfwidth <= rule.halfwidth_relative) & (edge_mass <= PRIOR_LIMIT), axis=1)
+
+
+def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto: str | None) -> tuple[State, Verdict]:
+    """One more image: has every region met its target often enough, and does nothing speak against it?
+
+    Parameters
+    ----------
+    veto
+        Why a stop is out of the question at this image (lack of fit, disagreement, ..); none: nothing speaks against it.
+    """
+    behind = [region for region in regions if region.fraction_converged < rule.fraction_converged]
+    if veto is not None:
+        return State(0, state.would_stop_at), Verdict(False, veto)
+    if behind:
+        worst = min(behind, key=lambda region: region.fraction_converged)
+        reason = f"{worst.fraction_converged:.0%} of the voxels of region {worst.name!r} have converged, {rule.fraction_converged:.0%} are needed."
+        return State(0, state.would_stop_at), Verdict(False, reason)
+    streak = state.streak + 1
+    if n_images < rule.n_min:
+        return State(streak, state.would_stop_at), Verdict(False, f"All regions have converged; no stop before {rule.n_min} images.")
+    if streak < rule.confirmations:
+        reason = f"All regions have converged; confirmation {streak} of {rule.confirmations}."
+        return State(streak, state.would_stop_at), Verdict(False, reason)
+    at = n_images if state.would_stop_at is None else state.would_stop_at
+    return State(streak, at), Verdict(True, f"All regions have met their targets at {streak} consecutive images.")

@@ -1,0 +1,298 @@
+"""A session: images of one scan in, a decision after each out. A deterministic function of the images; no sockets.
+
+server -> session -> posterior -> stopping -> design -> Decision
+"""
+
+from __future__ import annotations
+
+import time
+from importlib import metadata
+from typing import NamedTuple
+
+import numpy as np
+
+from scansteer.core import lack_of_fit, noise, stopping
+from scansteer.core.errors import InputError
+from scansteer.core.grid_posterior import Info
+from scansteer.protocols.scan import SaturationBlock, Scan
+from scansteer.realtime import roi
+from scansteer.realtime.images import Frame, Geometry, check_usable
+from scansteer.realtime.messages import (
+    Decision,
+    LackOfFit,
+    Latency,
+    Message,
+    ParameterReport,
+    Pulse,
+    RegionReport,
+)
+from scansteer.realtime.reference import Reference
+from scansteer.realtime.roi import Region
+from scansteer.realtime.worker import Setup
+
+AUXILIARIES = {"t1": "t1_s", "t2": "t2_s", "b0": "b0_ppm", "b1": "b1_relative", "fss": "fss", "kssw": "kssw"}
+"""Role of an image -> the scan's name of the quantity."""
+
+
+class LatencyPercentiles(Message):
+    p50: float
+    p99: float
+
+
+class Summary(Message):
+    """What `summary.json` holds."""
+
+    scan: str
+    n_images: int
+    would_stop_at: int | None
+    nrmse_median: float | None
+    latency_ms: LatencyPercentiles | None
+    ready_s: float
+    versions: dict[str, str]
+
+
+class Voxels(NamedTuple):
+    """The voxels that are followed, frozen with the first usable image."""
+
+    geometry: Geometry
+    index: np.ndarray
+    """Flat indices into (z, y, x), ascending."""
+    regions: tuple[Region, ...]
+    places: tuple[np.ndarray, ...]
+    """Of each region's voxels among `index`."""
+
+
+class Session:
+    """One scan of one subject."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Compile everything and simulate the schedule: seconds.
+
+        Raises
+        ------
+        InputError
+            The scan, the region or an auxiliary map cannot be used.
+        """
+        started = time.perf_counter()
+        self.scan: Scan = setup.scan
+        self._setup = setup
+        self._auxiliaries, self._opening_warnings = _in_scan_units(setup)
+        self._reference = Reference(self.scan, list(self._auxiliaries))
+        targets = [parameter.target_halfwidth_relative for parameter in self.scan.parameters.values()]
+        stop = self.scan.stop
+        self._rule = stopping.Rule((targets[0], targets[1]), stop.fraction_converged, stop.n_min, stop.confirmations)
+        self._stopping = stopping.init()
+        self._voxels: Voxels | None = None
+        self._signals: list[np.ndarray] = []
+        self._info: Info | None = None
+        self._areas: dict[str, float | None] = {}
+        self._latencies_ms: list[float] = []
+        self._n_played = 0
+        self._last: Decision | None = None
+        self.ready_s = time.perf_counter() - started
+
+    def absorb(self, frame: Frame, *, received_at: float, pulse: Pulse | None = None, deadline: float | None = None) -> Decision:
+        """Update with one repetition's volume and decide; see `worker.Session`."""
+        begun = time.perf_counter()
+        check_usable(frame)
+        block = self._block(frame.repetition, pulse)
+        warnings = list(self._opening_warnings) if self._voxels is None else []
+        voxels = self._voxels or self._begin(frame, warnings)
+        if (difference := voxels.geometry.difference(frame.geometry)) is not None:
+            raise InputError(f"The image of repetition {frame.repetition} does not match the first one: {difference}; it is left out.")
+        self._skip_to(frame.repetition)
+        self._signals.append(frame.pixels.reshape(-1)[voxels.index])
+        estimate = self._noise()
+        self._info = self._reference.absorb(self._signals[-1], estimate, block, first=self._n_played == 0)
+        self._n_played += 1
+        updated = time.perf_counter()
+        decision = self._decide(frame.repetition, voxels, self._info, estimate, tuple(warnings))
+        done = time.perf_counter()
+        latency = Latency(
+            receive=1e3 * (begun - received_at), update=1e3 * (updated - begun), decide=1e3 * (done - updated), total=1e3 * (done - received_at)
+        )
+        self._latencies_ms.append(latency.total)
+        margin = None if deadline is None else 1e3 * (deadline - done)
+        self._last = decision.model_copy(update={"latency_ms": latency, "margin_ms": margin})
+        return self._last
+
+    def absorb_missing(self, repetition: int, pulse: Pulse | None = None) -> None:
+        """No usable image of this repetition exists, but its pulse was played: carry the magnetisation on."""
+        block = self._block(repetition, pulse)
+        self._skip_to(repetition)
+        self._reference.play(block, first=self._n_played == 0)
+        self._n_played += 1
+
+    def maps(self) -> dict[str, np.ndarray]:
+        """Name -> (z, y, x) float32, NaN outside the region."""
+        if self._voxels is None or self._info is None:
+            raise InputError(f"Session {self._setup.session_id!r} has no maps yet: no usable image has arrived.")
+        summary = self._info.summary
+        values = {"nrmse": self._info.nrmse}
+        for axis, name in enumerate(self.scan.parameter_names):
+            values |= {f"{name}_map": summary.map[:, axis], f"{name}_lower": summary.lower[:, axis], f"{name}_upper": summary.upper[:, axis]}
+        return {name: self._painted(value) for name, value in values.items()}
+
+    def summary(self) -> Summary:
+        """What is to be said of the whole session so far."""
+        latencies = self._latencies_ms
+        return Summary(
+            scan=self.scan.name,
+            n_images=len(self._signals),
+            would_stop_at=self._stopping.would_stop_at,
+            nrmse_median=None if self._info is None else _finite(np.median(self._info.nrmse)),
+            latency_ms=LatencyPercentiles(p50=float(np.percentile(latencies, 50)), p99=float(np.percentile(latencies, 99))) if latencies else None,
+            ready_s=self.ready_s,
+            versions=versions(),
+        )
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._reference.close()
+
+    def _block(self, repetition: int, pulse: Pulse | None) -> SaturationBlock:
+        if pulse is not None:
+            return SaturationBlock(b1_ut=pulse.b1_ut, offset_ppm=pulse.offset_ppm, t_sat_s=pulse.t_sat_s, t_rec_s=pulse.t_rec_s)
+        if repetition >= len(self.scan.schedule):
+            raise InputError(
+                f"Repetition {repetition} lies beyond the {len(self.scan.schedule)} blocks of scan {self.scan.name!r}; say which pulse was played."
+            )
+        return self.scan.schedule[repetition]
+
+    def _skip_to(self, repetition: int) -> None:
+        """Play the schedule up to a repetition whose predecessors were never spoken of."""
+        if repetition < self._n_played:
+            raise InputError(f"Repetition {repetition} comes after repetition {self._n_played - 1}: images must come in order, each once.")
+        while self._n_played < repetition:
+            self._reference.play(self._block(self._n_played, None), first=self._n_played == 0)
+            self._n_played += 1
+
+    def _begin(self, frame: Frame, warnings: list[str]) -> Voxels:
+        """Freeze the region from the first usable image and the auxiliary maps."""
+        expected = self.scan.matrix
+        if expected is not None and frame.geometry.matrix != expected:
+            raise InputError(f"The images have matrix {frame.geometry.matrix}, scan {self.scan.name!r} expects {expected}; choose the right scan.")
+        if not frame.geometry.is_oriented:
+            warnings.append("The image header has no valid direction cosines; identity is assumed.")
+        maps = {name: values for name, values in self._auxiliaries.items()}
+        regions = self._regions(frame)
+        index = np.unique(np.concatenate([region.voxels for region in regions]))
+        places = tuple(np.searchsorted(index, region.voxels) for region in regions)
+        voxels = Voxels(frame.geometry, index, tuple(regions), places)
+        self._reference.begin({name: values.reshape(-1)[index] for name, values in maps.items()}, len(index))
+        warnings.extend(self._outside_range(maps, index))
+        self._voxels = voxels
+        return voxels
+
+    def _regions(self, frame: Frame) -> list[Region]:
+        for role, auxiliary in self._setup.auxiliaries.items():
+            if (difference := frame.geometry.difference(auxiliary.geometry)) is not None:
+                raise InputError(f"The {role} map does not match the images: {difference}; give a map of the same geometry.")
+        auxiliaries = {role: auxiliary.pixels for role, auxiliary in self._setup.auxiliaries.items()}
+        if self._setup.region is not None:
+            return roi.from_frame(self._setup.region, frame.geometry, self._setup.region_names)
+        return [roi.automatic(frame.pixels, auxiliaries)]
+
+    def _outside_range(self, maps: dict[str, np.ndarray], index: np.ndarray) -> list[str]:
+        said = []
+        for name, values in maps.items():
+            span = self.scan.auxiliaries[name]  # type: ignore[index]
+            share = float(np.mean((values.reshape(-1)[index] < span.lower) | (values.reshape(-1)[index] > span.upper)))
+            if share > 0:
+                said.append(f"{share:.1%} of the region's {name} values lie outside {span.lower:g} .. {span.upper:g} and are clipped.")
+        return said
+
+    def _noise(self) -> noise.NoiseEstimate:
+        if self.scan.noise.sigma is not None:
+            return noise.NoiseEstimate(self.scan.noise.sigma, 1e4)
+        images = np.stack(self._signals)
+        return noise.from_images(images @ images.T, images.shape[1], self.scan.noise.effective_voxel_fraction)
+
+    def _decide(self, repetition: int, voxels: Voxels, info: Info, estimate: noise.NoiseEstimate, warnings: tuple[str, ...]) -> Decision:
+        n = len(self._signals)
+        summary = info.summary
+        halfwidth = stopping.relative_halfwidth(summary.map, summary.lower, summary.upper)
+        converged = stopping.converged(self._rule, halfwidth, summary.edge_mass)
+        residual = info.nrmse.astype(float) ** 2 * np.sum(np.square(self._signals), axis=0)
+        fit = lack_of_fit.check(residual, estimate.sigma, n)
+        veto = None if fit.passed else f"The model does not fit: residual variance {fit.statistic:.1f} x noise; continue the approved schedule."
+        progress = [stopping.Region(r.name, float(np.mean(converged[at]))) for r, at in zip(voxels.regions, voxels.places, strict=True)]
+        self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto)
+        reports = tuple(
+            self._report(region.name, info, at, halfwidth[at], float(np.mean(converged[at])))
+            for region, at in zip(voxels.regions, voxels.places, strict=True)
+        )
+        return Decision(
+            session_id=self._setup.session_id,
+            sequence_number=n - 1,
+            repetition=repetition,
+            n_images=n,
+            n_planned=len(self.scan.schedule),
+            action="stop" if verdict.stop else "continue",
+            reason=verdict.reason,
+            would_stop_at=self._stopping.would_stop_at,
+            regions=reports,
+            next_pulse=None,
+            lack_of_fit=LackOfFit(statistic=fit.statistic, passed=fit.passed),
+            posterior_source="reference",
+            audit=None,
+            valid_until_repetition=repetition + 1,
+            latency_ms=Latency(receive=0.0, update=0.0, decide=0.0, total=0.0),
+            margin_ms=None,
+            warnings=warnings,
+        )
+
+    def _report(self, name: str, info: Info, at: np.ndarray, halfwidth: np.ndarray, fraction_converged: float) -> RegionReport:
+        summary = info.summary
+        area = _finite(np.median(summary.cr_area[at]))
+        before, self._areas[name] = self._areas.get(name), area
+        parameters = {
+            parameter: ParameterReport(
+                median=_finite(np.median(summary.map[at, axis])),
+                ci_lower=_finite(np.median(summary.lower[at, axis])),
+                ci_upper=_finite(np.median(summary.upper[at, axis])),
+                ci_halfwidth_relative=_finite(np.median(halfwidth[:, axis])),
+                fraction_prior_limited=float(np.mean(summary.edge_mass[at, axis] > stopping.PRIOR_LIMIT)),
+            )
+            for axis, parameter in enumerate(self.scan.parameter_names)
+        }
+        return RegionReport(
+            name=name,
+            n_voxels=len(at),
+            parameters=parameters,
+            cr_area_median=area,
+            cr_area_p90=_finite(np.percentile(summary.cr_area[at], 90)),
+            cr_shrinkage=area / before if area is not None and before else None,
+            anytime_area_median=_finite(np.median(summary.anytime_area[at])),
+            fraction_converged=fraction_converged,
+        )
+
+    def _painted(self, values: np.ndarray) -> np.ndarray:
+        assert self._voxels is not None
+        volume = np.full(self._voxels.geometry.shape, np.nan, np.float32)
+        volume.reshape(-1)[self._voxels.index] = values
+        return volume
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {name: metadata.version(name) for name in ("scansteer", "jax", "jaxlib", "numpy")}
+
+
+def _finite(value: float | np.floating) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _in_scan_units(setup: Setup) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Auxiliary maps by the scan's names and in its units, and what could not be used."""
+    known: dict[str, np.ndarray] = {}
+    said: list[str] = []
+    for role, frame in setup.auxiliaries.items():
+        name = AUXILIARIES[role]
+        span = setup.scan.auxiliaries.get(name)  # type: ignore[call-overload]
+        if span is None or span.lower == span.upper:
+            said.append(f"The {role} map is not used: scan {setup.scan.name!r} gives no range for {name}.")
+            continue
+        factor = {"t1": 1e-3, "t2": 1e-3, "b0": 1 / setup.scan.larmor_hz_per_ppm}.get(role, 1.0)
+        known[name] = frame.pixels * factor
+    return known, said
