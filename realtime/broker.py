@@ -98,6 +98,9 @@ class Controller:
     acting: bool
     last_heard: float
     acknowledged: int = -1
+    """The last decision it has received."""
+    answered: int = -1
+    """The last decision of which it said what it did with it."""
     sent: int = -1
     sent_at: float = 0.0
 
@@ -347,9 +350,10 @@ class Broker:
         session = self._session(message)
         attendance = self._attendance[message.session_id]
         acting = message.mode == "acting"
+        if acting and session.advice_only:
+            raise ProtocolError("not-allowed", "The operator allows advice only in this session.")
         self._admit_controller(identity, attendance, acting)
-        if (acting or message.reports_played) and not session.sequencer.waits_for_played and session.state != "closed":
-            session.check_open()
+        if (acting or message.reports_played) and not session.waits_or_ended:
             session.apply(message, session.append(frames))
         now = self._clock()
         controller = attendance.controllers.get(identity)
@@ -425,8 +429,9 @@ class Broker:
         if message.sequence_number >= len(session.decisions):
             raise ProtocolError("conflict", f"There is no decision {message.sequence_number} yet.")
         controller.last_heard = self._clock()
-        if message.sequence_number > controller.acknowledged:
-            controller.acknowledged = message.sequence_number
+        controller.acknowledged = max(controller.acknowledged, message.sequence_number)
+        if message.sequence_number > controller.answered:
+            controller.answered = message.sequence_number
             session.note("ack", decision=message.sequence_number, outcome=message.outcome, reason=message.reason, user=user)
         return []
 

@@ -166,10 +166,26 @@ class Client:
 
     def post_image(self, session_id: str, body: Bytes, *, role: ImageRole = "image") -> int:
         """Send an MRD image without waiting; `collect` with the number returned waits for its answer."""
-        message = image_of(session_id, body, role=role).model_copy(update={"request_id": next(self._numbers)})
-        self._awaited.add(message.request_id)
-        self._send(encode(message, [body]), time.monotonic() + self.timeout_s)
-        return message.request_id
+        return self.post(image_of(session_id, body, role=role), [body])
+
+    def post(self, message: WireMessage, bodies: Sequence[Bytes] = ()) -> int:
+        """Send a request without waiting; returns the number under which `answer_to` finds its answer."""
+        numbered = message.model_copy(update={"request_id": next(self._numbers)})
+        self._awaited.add(numbered.request_id)
+        self._send(encode(numbered, bodies), time.monotonic() + self.timeout_s)
+        return numbered.request_id
+
+    def answer_to(self, number: int) -> WireMessage | None:
+        """The answer to a posted request (a `Refused` too), if `receive` has taken it in; it is forgotten afterwards."""
+        if number not in self._answers:
+            return None
+        self._awaited.discard(number)
+        return self._answers.pop(number)[0]
+
+    def forget(self, number: int) -> None:
+        """Stop expecting the answer to a posted request."""
+        self._awaited.discard(number)
+        self._answers.pop(number, None)
 
     def collect(self, number: int, timeout_s: float | None = None) -> Accepted:
         """The answer to a posted image."""
@@ -257,6 +273,11 @@ class Client:
             if not self._pump(max(0.0, left)) and left <= 0:
                 return None
         return self._notices.popleft()
+
+    def take_in(self, timeout_s: float) -> None:
+        """Wait until something comes, then take in all that is there; `receive(0)` and `answer_to` find it."""
+        while self._pump(timeout_s):
+            timeout_s = 0.0
 
     def next_decision(self, timeout_s: float) -> Decision | None:
         """The next decision; other messages that came unasked stay where they are. None: nothing came in time."""

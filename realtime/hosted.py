@@ -123,6 +123,8 @@ class HostedSession:
         self.images: dict[tuple[str, int, int, int, int], ImageRecord] = {}
         self.commands: set[str] = set()
         self.paused = False
+        self.advice_only = False
+        """The operator has taken the acting role away, for good."""
         self.sequencer = Sequencer(opening.n_slices)
         self.times = Times()
         self._journal = journal
@@ -230,6 +232,11 @@ class HostedSession:
             raise ProtocolError(
                 "conflict", f"Series {message.series}, set {message.set} are not this session's (series {series}, set {set_})."
             )
+
+    @property
+    def waits_or_ended(self) -> bool:
+        """Whether a controller's reports need not be asked for: images wait for them already, or never will."""
+        return self.sequencer.waits_for_played or self.advice_only or self.state in ("closing", "closed")
 
     def check_open(self) -> None:
         if self.state in ("closing", "closed"):
@@ -388,6 +395,7 @@ class HostedSession:
                 if repetition is not None:
                     self._submit(lambda: self._actor.exclude(repetition), True)
             case "advice":
+                self.advice_only = True
                 self.sequencer.waits_for_played = False
             case "pause" | "resume":
                 self.paused = message.command == "pause"
