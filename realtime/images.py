@@ -27,18 +27,19 @@ MAX_VOXELS = 2**24
 """Matrix x channels that is accepted unless the caller says otherwise (a 256 x 256 x 256 volume)."""
 MAX_META_BYTES = 2**20
 
-# 4 is int32 in the standard although ismrmrd-python maps it to int64.
-_DTYPES = {1: "<u2", 2: "<i2", 3: "<u4", 4: "<i4", 5: "<f4", 6: "<f8", 7: "<c8", 8: "<c16"}
-_DATA_TYPES = {np.dtype(dtype): number for number, dtype in _DTYPES.items()}
+DTYPES = {1: "<u2", 2: "<i2", 3: "<u4", 4: "<i4", 5: "<f4", 6: "<f8", 7: "<c8", 8: "<c16"}
+"""NumPy type of each MRD `data_type`; 4 is int32 in the standard although ismrmrd-python maps it to int64."""
+_DATA_TYPES = {np.dtype(dtype): number for number, dtype in DTYPES.items()}
 
 _PHASE, _IMAGINARY, _RGB = 2, 4, 6
 _NAVIGATION_FLAG = 1 << (ismrmrd.IMAGE_IS_NAVIGATION_DATA - 1)
 
-_ROLES: dict[str, Role] = {
+ROLES: dict[str, Role] = {
     "T1": "t1", "T1MAP": "t1", "T2": "t2", "T2MAP": "t2", "FREQMAP": "b0", "B0": "b0", "B0MAP": "b0", "B1": "b1", "B1MAP": "b1",
     "FSS": "fss", "FSSMAP": "fss", "KSSW": "kssw", "KSSWMAP": "kssw",
     "MASK": "mask", "LABEL": "mask", "LABELS": "mask", "LABELMAP": "mask", "SEGMENTATION": "mask",
 }  # fmt: skip
+"""Maps and masks by their names in Meta, in capitals."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Geometry:
         """What differs in `other`, as half a sentence; none when the two place their voxels alike (within 0.01 mm and 0.001)."""
         directions = ("read_dir", "phase_dir", "slice_dir")
         if other.matrix != self.matrix:
-            return f"its matrix is {_by(other.matrix)} instead of {_by(self.matrix)}"
+            return f"its matrix is {by(other.matrix)} instead of {by(self.matrix)}"
         for name, tolerance in {"field_of_view_mm": 0.01, "position_mm": 0.01, **dict.fromkeys(directions, 1e-3)}.items():
             here, there = getattr(self, name), getattr(other, name)
             if not np.allclose(here, there, rtol=0, atol=tolerance, equal_nan=True):
@@ -149,10 +150,10 @@ def decode_frame(message: bytes | bytearray | memoryview, *, max_voxels: int = M
     shape = _declared_shape(header, max_voxels)
     meta_bytes, payload = _split(view)
     dtype = _payload_dtype(header.data_type, math.prod(shape), len(payload))
-    meta = _parse_meta(meta_bytes)
+    meta = parse_meta(meta_bytes)
     stored = np.frombuffer(payload, dtype).reshape(shape)
     pixels = _rescale(stored.astype(np.complex128 if stored.dtype.kind == "c" else np.float64), meta)
-    role = _role(meta, header.image_type)
+    role = role_of(meta, header.image_type)
     if pixels.dtype.kind == "c":
         pixels = np.abs(pixels)
     if shape[0] > 1 and role not in ("image", "other"):
@@ -171,7 +172,7 @@ def decode_frame(message: bytes | bytearray | memoryview, *, max_voxels: int = M
         image_index=header.image_index,
         meta=meta,
         data_type=header.data_type,
-        is_dummy=_is_dummy(meta, header.flags),
+        is_dummy=is_dummy(meta, header.flags),
     )
 
 
@@ -233,7 +234,7 @@ def image_message(
     channels, z, y, x = data.shape
     geometry = geometry or Geometry((x, y, z))
     if geometry.matrix != (x, y, z):
-        raise InputError(f"The geometry is for a matrix {_by(geometry.matrix)}, the pixels are {_by((x, y, z))}.")
+        raise InputError(f"The geometry is for a matrix {by(geometry.matrix)}, the pixels are {by((x, y, z))}.")
     header = ismrmrd.ImageHeader(
         version=1, data_type=data_type, flags=flags, channels=channels, matrix_size=(x, y, z),
         field_of_view=geometry.field_of_view_mm, position=geometry.position_mm,
@@ -244,7 +245,7 @@ def image_message(
     )  # fmt: skip
     text = ismrmrd.Meta(meta or {}).serialize().encode("utf-8")
     header.attribute_string_len = len(text)
-    little_endian = data.astype(_DTYPES[data_type], copy=False)
+    little_endian = data.astype(DTYPES[data_type], copy=False)
     return bytes(header) + len(text).to_bytes(8, "little") + text + little_endian.tobytes()
 
 
@@ -284,10 +285,10 @@ def _declared_shape(header: ismrmrd.ImageHeader, max_voxels: int) -> tuple[int, 
     x, y, z = header.matrix_size
     shape = int(header.channels), int(z), int(y), int(x)
     if math.prod(shape) == 0:
-        raise InputError(f"The image header declares no voxels: matrix {_by((x, y, z))}, {header.channels} channels.")
+        raise InputError(f"The image header declares no voxels: matrix {by((x, y, z))}, {header.channels} channels.")
     if math.prod(shape) > max_voxels:
         raise InputError(
-            f"The image header declares {math.prod(shape)} values (matrix {_by((x, y, z))}, {header.channels} channels), "
+            f"The image header declares {math.prod(shape)} values (matrix {by((x, y, z))}, {header.channels} channels), "
             f"more than the {max_voxels} that are accepted."
         )
     return shape
@@ -305,9 +306,9 @@ def _split(view: memoryview) -> tuple[memoryview, memoryview]:
 
 
 def _payload_dtype(data_type: int, n_values: int, n_bytes: int) -> np.dtype:
-    if data_type not in _DTYPES:
+    if data_type not in DTYPES:
         raise InputError(f"The image header has data_type {data_type}; MRD knows 1 to 8.")
-    dtype = np.dtype(_DTYPES[data_type])
+    dtype = np.dtype(DTYPES[data_type])
     if data_type == 4 and n_bytes == 8 * n_values:
         return np.dtype("<i8")  # what ismrmrd-python sends as type 4; here the length tells the two apart
     if n_bytes != n_values * dtype.itemsize:
@@ -315,8 +316,14 @@ def _payload_dtype(data_type: int, n_values: int, n_bytes: int) -> np.dtype:
     return dtype
 
 
-def _parse_meta(raw: memoryview) -> dict[str, str]:
-    """Meta XML as a dictionary. A document type is refused: no peer has a use for entities."""
+def parse_meta(raw: bytes | memoryview) -> dict[str, str]:
+    """Meta XML, up to its first NUL, as a dictionary; several values of one name are joined by a backslash.
+
+    Raises
+    ------
+    InputError
+        Not UTF-8, not XML, not Meta, or with a document type: no peer has a use for entities.
+    """
     try:
         text = bytes(raw).split(b"\0", 1)[0].decode("utf-8").strip()
     except UnicodeDecodeError as error:
@@ -366,17 +373,19 @@ def _data_roles(meta: Mapping[str, str]) -> list[str]:
     return [role.strip().upper() for text in named for role in text.split("\\") if role.strip()]
 
 
-def _role(meta: Mapping[str, str], image_type: int) -> Role:
+def role_of(meta: Mapping[str, str], image_type: int = 1) -> Role:
+    """What an image is, by Meta and MRD image type: a named map or mask, data, or something else."""
     roles = _data_roles(meta)
     for role in roles:
-        if role in _ROLES:
-            return _ROLES[role]
+        if role in ROLES:
+            return ROLES[role]
     if image_type in (_PHASE, _IMAGINARY, _RGB):
         return "other"
     return "image" if not roles or {"IMAGE", "DUMMY"} & {*roles} else "other"
 
 
-def _is_dummy(meta: Mapping[str, str], flags: int) -> bool:
+def is_dummy(meta: Mapping[str, str], flags: int) -> bool:
+    """Whether an image is declared not to be data."""
     declared = meta.get("IsDummy", "").strip().lower() in ("1", "true", "yes")
     return declared or "DUMMY" in _data_roles(meta) or bool(flags & _NAVIGATION_FLAG)
 
@@ -397,7 +406,8 @@ def _geometry(header: ismrmrd.ImageHeader) -> Geometry:
     )
 
 
-def _by(sizes: tuple[int, ...]) -> str:
+def by(sizes: tuple[int, ...]) -> str:
+    """Sizes as people write them: 64 x 64 x 1."""
     return " x ".join(str(size) for size in sizes)
 
 

@@ -1,0 +1,169 @@
+"""Maps as NIfTI files and as images: auxiliary maps in, parameter maps out.
+
+A NIfTI array is (x, y, z) in MRD matrix order and never flipped; a stored image row is y. Where the patient's left is stands in
+the affine only. Inside, arrays are (z, y, x).
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Extension
+
+from scansteer.core.errors import InputError
+from scansteer.protocols.scan import Scan
+from scansteer.realtime.images import Frame, Geometry, by
+
+MapName = Literal["t1", "t2", "b0", "b1", "fss", "kssw"]
+
+UNITS: dict[str, str] = {"t1": "ms", "t2": "ms", "b0": "Hz", "b1": "relative to nominal", "fss": "fraction", "kssw": "1/s"}
+"""What the values of an auxiliary map mean, in files and in images."""
+
+QUANTITIES: dict[str, str] = {
+    "t1": "t1_ms", "t2": "t2_ms", "b0": "b0_hz", "b1": "b1_relative", "fss": "fss", "kssw": "kssw_per_s",
+}  # fmt: skip
+"""Name, with its unit, under which a map is kept inside."""
+
+# Units that a Meta `Unit` may state, as factors to ours.
+_FACTORS: dict[str, dict[str, float]] = {
+    "t1": {"ms": 1.0, "s": 1000.0},
+    "t2": {"ms": 1.0, "s": 1000.0, "us": 0.001},
+    "b0": {"hz": 1.0},
+    "b1": {"": 1.0, "1": 1.0, "relative": 1.0, "fraction": 1.0, "%": 0.01, "percent": 0.01},
+    "fss": {"": 1.0, "1": 1.0, "fraction": 1.0, "%": 0.01, "percent": 0.01},
+    "kssw": {"1/s": 1.0, "hz": 1.0, "s^-1": 1.0},
+}
+
+_SCANNER, _ALIGNED = 1, 2  # NIfTI codes of what an affine refers to
+
+
+def from_frame(frame: Frame, geometry: Geometry) -> tuple[str, np.ndarray]:
+    """An auxiliary map that came as an image.
+
+    Parameters
+    ----------
+    frame
+        Its role names the map; Meta `Unit`, if given, its unit (else that of `UNITS`).
+    geometry
+        That of the image series.
+
+    Returns
+    -------
+    Name as in `QUANTITIES`, values in its unit, float64, shape (z, y, x).
+
+    Raises
+    ------
+    InputError
+        Not an auxiliary map, another geometry, or an unknown unit.
+    """
+    if frame.role not in QUANTITIES:
+        raise InputError(f"An image of role {frame.role!r} is not an auxiliary map (known: {', '.join(QUANTITIES)}).")
+    difference = geometry.difference(frame.geometry)
+    if difference:
+        raise InputError(f"The {frame.role} map does not lie on the images: {difference}; resample it to them.")
+    unit = frame.meta.get("Unit", frame.meta.get("Units", UNITS[frame.role])).strip()
+    factors = _FACTORS[frame.role] | {UNITS[frame.role].lower(): 1.0}
+    if unit.lower() not in factors:
+        raise InputError(f"The {frame.role} map says its unit is {unit!r}; give it in {UNITS[frame.role]}.")
+    return QUANTITIES[frame.role], frame.pixels * factors[unit.lower()]
+
+
+def from_file(name: str, path: str | Path, geometry: Geometry) -> tuple[str, np.ndarray]:
+    """An auxiliary map from a NIfTI file (`--map NAME=FILE.nii.gz`), in the unit of `UNITS`; returns as `from_frame`.
+
+    Raises
+    ------
+    InputError
+        Unknown name, not readable, or another geometry.
+    """
+    if name not in QUANTITIES:
+        known = ", ".join(f"{name} [{unit}]" for name, unit in UNITS.items())
+        raise InputError(f"Unknown auxiliary map {name!r}; known are {known}.")
+    return QUANTITIES[name], read_volume(path, geometry)
+
+
+def in_scan_units(maps: Mapping[str, np.ndarray], scan: Scan) -> dict[str, np.ndarray]:
+    """Maps named as in `QUANTITIES`, under the names and in the units of a scan's auxiliaries (s, ppm, 1/s)."""
+    conversions = {
+        "t1_ms": ("t1_s", 1e-3),
+        "t2_ms": ("t2_s", 1e-3),
+        "b0_hz": ("b0_ppm", 1 / scan.larmor_hz_per_ppm),
+        "b1_relative": ("b1_relative", 1.0),
+        "fss": ("fss", 1.0),
+        "kssw_per_s": ("kssw", 1.0),
+    }
+    return {conversions[name][0]: values * conversions[name][1] for name, values in maps.items()}
+
+
+def read_volume(path: str | Path, geometry: Geometry) -> np.ndarray:
+    """A NIfTI file on the voxels of an image, float64, shape (z, y, x).
+
+    A file that states its place (an affine of its own) must lie where the images lie, if these state theirs.
+
+    Raises
+    ------
+    InputError
+        Not readable, another matrix, or another place.
+    """
+    try:
+        image = nibabel.load(path)
+        values = np.asarray(image.dataobj, dtype=np.float64)  # type: ignore[attr-defined]
+    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"Cannot read {path} as NIfTI: {error}.") from error
+    x, y, z = geometry.matrix
+    shape = values.shape + (1,) * (3 - values.ndim)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if shape != (x, y, z):
+        raise InputError(f"{path} has {by(values.shape)} voxels (x, y, z), the images {by(geometry.matrix)}; resample it.")
+    if geometry.is_oriented and _is_placed(image) and not _lies_alike(image.affine, geometry):  # type: ignore[attr-defined]
+        raise InputError(f"{path} lies elsewhere than the images (another affine); resample it to them.")
+    return values.reshape(x, y, z).transpose(2, 1, 0)
+
+
+def write_volume(path: str | Path, values: np.ndarray, geometry: Geometry, name: str, provenance: Mapping[str, object]) -> None:
+    """Write a map as float32 NIfTI.
+
+    Parameters
+    ----------
+    path
+        Ends in .nii.gz.
+    values
+        Shape (z, y, x), NaN where nothing is known.
+    geometry
+        That of the image series.
+    name
+        What the map is, kept in the header's `intent_name` and `descrip`.
+    provenance
+        Written as JSON into a comment extension of the header, with what the orientation rests on.
+    """
+    image = nibabel.Nifti1Image(np.ascontiguousarray(values.transpose(2, 1, 0), dtype=np.float32), geometry.affine())
+    image.header.set_xyzt_units("mm", "sec")
+    code = _SCANNER if geometry.is_oriented else _ALIGNED
+    image.set_qform(geometry.affine(), code)
+    image.set_sform(geometry.affine(), code)
+    image.header["descrip"] = f"{name}; scansteer".encode()[:79]
+    image.header["intent_name"] = name.encode()[:15]
+    orientation = "from the images" if geometry.is_oriented else "unknown: identity is assumed"
+    text = json.dumps({"map": name, **provenance, "orientation": orientation}, allow_nan=False)
+    image.header.extensions.append(Nifti1Extension("comment", text.encode()))
+    nibabel.save(image, path)
+
+
+def _is_placed(image: object) -> bool:
+    header = image.header  # type: ignore[attr-defined]
+    return not isinstance(image, nibabel.Nifti1Image) or bool(header["sform_code"] or header["qform_code"])
+
+
+def _lies_alike(affine: np.ndarray, geometry: Geometry) -> bool:
+    """Whether two affines put every corner of the volume within half a voxel of each other."""
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in geometry.matrix], [1])).reshape(4, -1)
+    distance = np.linalg.norm(((affine - geometry.affine()) @ corners)[:3], axis=0)
+    return bool(distance.max() <= 0.5 * min(geometry.voxel_mm))

@@ -1,0 +1,102 @@
+"""Maps: NIfTI in and out without flips, units, and other geometries refused."""
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from scansteer.core.errors import InputError
+from scansteer.protocols.builtin import BUILTIN
+from scansteer.realtime.images import Geometry, decode_frame, image_message
+from scansteer.realtime.maps import from_file, from_frame, in_scan_units, read_volume, write_volume
+
+PLACED = Geometry((5, 3, 2), (50.0, 30.0, 8.0), (1.0, 2.0, 3.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+UNPLACED = Geometry((5, 3, 2), (50.0, 30.0, 8.0))
+VALUES = np.arange(30.0).reshape(2, 3, 5)
+
+
+@pytest.mark.parametrize("geometry", [PLACED, UNPLACED])
+def test_a_written_map_is_read_back_and_lies_in_matrix_order(tmp_path: Path, geometry: Geometry) -> None:
+    path = tmp_path / "fs_map.nii.gz"
+    values = np.where(VALUES == 7, np.nan, VALUES)
+    write_volume(path, values, geometry, "fs_map", {"scan": "x"})
+    image = nibabel.load(path)
+    assert image.shape == (5, 3, 2)
+    assert image.dataobj[4, 1, 0] == VALUES[0, 1, 4]  # x, y, z: a stored row is y
+    np.testing.assert_allclose(image.affine, geometry.affine(), atol=1e-5)
+    np.testing.assert_array_equal(read_volume(path, geometry), values)
+
+
+def test_a_written_map_tells_where_it_comes_from(tmp_path: Path) -> None:
+    path = tmp_path / "nrmse.nii.gz"
+    write_volume(path, VALUES, UNPLACED, "nrmse", {"scan": "larg", "versions": {"scansteer": "0"}})
+    told = json.loads(nibabel.load(path).header.extensions[0].get_content().rstrip(b"\0"))
+    assert told == {"map": "nrmse", "scan": "larg", "versions": {"scansteer": "0"}, "orientation": "unknown: identity is assumed"}
+
+
+def test_a_flat_file_serves_a_single_slice(tmp_path: Path) -> None:
+    geometry = Geometry((5, 3, 1))
+    nibabel.save(nibabel.Nifti1Image(VALUES[0].T, np.eye(4)), tmp_path / "t1.nii")
+    name, values = from_file("t1", tmp_path / "t1.nii", geometry)
+    assert name == "t1_ms"
+    np.testing.assert_array_equal(values, VALUES[:1])
+
+
+def test_another_matrix_or_place_is_refused(tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Image(VALUES.T, PLACED.affine()), tmp_path / "t1.nii")
+    read_volume(tmp_path / "t1.nii", PLACED)
+    with pytest.raises(InputError, match=r"has 5 x 3 x 2 voxels \(x, y, z\), the images 3 x 5 x 2"):
+        read_volume(tmp_path / "t1.nii", Geometry((3, 5, 2)))
+    nibabel.save(nibabel.Nifti1Image(VALUES.T, np.diag([1.0, -1.0, 1.0, 1.0]) @ PLACED.affine()), tmp_path / "flipped.nii")
+    with pytest.raises(InputError, match="lies elsewhere"):
+        read_volume(tmp_path / "flipped.nii", PLACED)
+    read_volume(tmp_path / "flipped.nii", UNPLACED)  # images that do not say where they lie can contradict nobody
+
+
+def test_files_that_are_not_nifti_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.nii.gz").write_bytes(b"no")
+    for path in ("bad.nii.gz", "missing.nii.gz"):
+        with pytest.raises(InputError, match=f"Cannot read .*{path} as NIfTI"):
+            read_volume(tmp_path / path, UNPLACED)
+    write_volume(tmp_path / "whole.nii.gz", VALUES, UNPLACED, "t1", {})
+    (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "whole.nii.gz").read_bytes()[:-20])
+    with pytest.raises(InputError, match="Cannot read"):
+        read_volume(tmp_path / "cut.nii.gz", UNPLACED)
+    with pytest.raises(InputError, match=r"Unknown auxiliary map 't3'; known are t1 \[ms\]"):
+        from_file("t3", tmp_path / "whole.nii.gz", UNPLACED)
+
+
+@pytest.mark.parametrize(
+    ("role", "unit", "name", "factor"),
+    [
+        ("T1", "ms", "t1_ms", 1),
+        ("T1", None, "t1_ms", 1),
+        ("T2", "s", "t2_ms", 1000),
+        ("FREQMAP", "Hz", "b0_hz", 1),
+        ("B1MAP", "%", "b1_relative", 0.01),
+    ],
+)
+def test_maps_that_come_as_images_have_their_units_converted(role: str, unit: str | None, name: str, factor: float) -> None:
+    meta = {"DataRole": role} | ({"Unit": unit} if unit else {})
+    found, values = from_frame(decode_frame(image_message(VALUES, UNPLACED, meta=meta)), UNPLACED)
+    assert found == name
+    np.testing.assert_allclose(values, VALUES * factor)
+
+
+def test_maps_that_do_not_fit_are_refused() -> None:
+    t1 = decode_frame(image_message(VALUES, UNPLACED, meta={"DataRole": "T1", "Unit": "furlong"}))
+    with pytest.raises(InputError, match="unit is 'furlong'; give it in ms"):
+        from_frame(t1, UNPLACED)
+    with pytest.raises(InputError, match="its matrix is 5 x 3 x 2 instead of 4 x 3 x 2"):
+        from_frame(t1, Geometry((4, 3, 2)))
+    with pytest.raises(InputError, match="not an auxiliary map"):
+        from_frame(decode_frame(image_message(VALUES, UNPLACED)), UNPLACED)
+
+
+def test_scan_units_are_seconds_and_ppm() -> None:
+    scan = BUILTIN["larg-phantom-9.4T"]
+    converted = in_scan_units({"t1_ms": np.array([1500.0]), "b0_hz": np.array([400.2])}, scan)
+    np.testing.assert_allclose(converted["t1_s"], 1.5)
+    np.testing.assert_allclose(converted["b0_ppm"], 1.0, rtol=1e-3)  # 400.2 MHz at 9.4 T

@@ -1,0 +1,115 @@
+"""Regions of interest: the automatic foreground, and labels drawn by a person."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scansteer.core.errors import InputError
+from scansteer.realtime.images import Geometry
+from scansteer.realtime.maps import from_frame, write_volume
+from scansteer.realtime.roi import automatic, from_label_array, from_labels
+from scansteer.realtime.sources import open_source
+
+DATA = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[3] / "shared" / "data"))
+Y, X = np.mgrid[:32, :40]
+BRIGHT = (Y - 10) ** 2 + (X - 12) ** 2 < 36
+DARK = (Y - 22) ** 2 + (X - 28) ** 2 < 36  # saturated to under half of the bright one
+
+
+def picture(seed: int = 0) -> np.ndarray:
+    noise = np.abs(np.random.default_rng(seed).normal(size=(2, 1, 32, 40)) * 20).sum(axis=0)
+    return noise + 1000.0 * BRIGHT + 450.0 * DARK
+
+
+def mask_of(voxels: np.ndarray) -> np.ndarray:
+    mask = np.zeros(32 * 40, bool)
+    mask[voxels] = True
+    return mask.reshape(1, 32, 40)
+
+
+def test_bright_and_darkened_objects_are_foreground_and_noise_is_not() -> None:
+    np.testing.assert_array_equal(mask_of(automatic(picture()).voxels)[0], BRIGHT | DARK)
+
+
+def test_specks_are_left_out() -> None:
+    speck = picture()
+    speck[0, 2, 2] = 2000.0
+    assert not mask_of(automatic(speck).voxels)[0, 2, 2]
+
+
+def test_noise_is_not_foreground_when_the_object_is_hardly_brighter() -> None:
+    found = mask_of(automatic(0.25 * (1000.0 * BRIGHT)[None] + picture() * ~(BRIGHT | DARK)).voxels)
+    assert not found[0][~BRIGHT].any()
+
+
+def test_voxels_whose_maps_are_background_are_left_out() -> None:
+    t1, t2 = np.full((1, 32, 40), 1500.0), np.full((1, 32, 40), 80.0)
+    t1[0, 10, 12], t1[0, 10, 13], t2[0, 10, 14], t2[0, 10, 15] = 0.0, 5001.0, np.nan, 601.0
+    missing = mask_of(automatic(picture()).voxels) & ~mask_of(automatic(picture(), {"t1_ms": t1, "t2_ms": t2}).voxels)
+    assert np.flatnonzero(missing).tolist() == [10 * 40 + x for x in (12, 13, 14, 15)]
+    with pytest.raises(InputError, match="t1_ms has the shape 1 x 32 x 39"):
+        automatic(picture(), {"t1_ms": t1[..., 1:]})
+
+
+def test_a_picture_without_foreground_is_refused() -> None:
+    with pytest.raises(InputError, match=r"no foreground.*--roi"):
+        automatic(picture(), {"t1_ms": np.zeros((1, 32, 40))})
+
+
+def test_an_object_that_fills_the_picture_is_kept_whole() -> None:
+    full = np.random.default_rng(1).normal(1000.0, 20.0, (1, 16, 16))
+    assert len(automatic(full).voxels) == 256
+
+
+@pytest.mark.parametrize("name", ["larg_phantom_9T4", "mouse_mt_7T"])
+def test_the_truth_masks_of_real_scans_are_covered(name: str) -> None:
+    if not (DATA / f"{name}.h5").is_file():
+        pytest.skip(f"{name}.h5 is not in {DATA} (SCANSTEER_DATA)")
+    with np.load(DATA / f"{name}.truth.npz") as truth:
+        mask = truth["mask"]
+    with open_source(DATA / f"{name}.h5") as source:
+        first = source.first()
+        assert first is not None
+        maps = dict(from_frame(stored.frame, first.frame.geometry) for stored in source.auxiliaries())
+    found = np.zeros(mask.size, bool)
+    found[automatic(first.frame.pixels, maps).voxels] = True
+    assert found[mask.ravel()].mean() >= 0.99
+    assert found.mean() < 0.5
+    assert not found.reshape(mask.shape)[[0, -1]].any()  # ghosts reach the edge of the picture, neither object does
+
+
+def test_labels_become_regions_with_names(tmp_path: Path) -> None:
+    labels = np.zeros((1, 3, 5))
+    labels[0, 1, 4], labels[0, 2] = 2, 1
+    geometry = Geometry((5, 3, 1))
+    write_volume(tmp_path / "vials.nii.gz", labels, geometry, "labels", {})
+    regions = from_labels(tmp_path / "vials.nii.gz", geometry)
+    assert [(region.name, region.voxels.tolist()) for region in regions] == [("label 1", [10, 11, 12, 13, 14]), ("label 2", [9])]
+    (tmp_path / "vials.tsv").write_text("index\tname\n1\tleft\n")
+    assert [region.name for region in from_labels(tmp_path / "vials.nii.gz", geometry)] == ["left", "label 2"]
+    (tmp_path / "vials.tsv").write_text("label\n1\n")
+    with pytest.raises(InputError, match="columns 'index' and 'name'"):
+        from_labels(tmp_path / "vials.nii.gz", geometry)
+
+
+def test_labels_of_another_shape_are_refused(tmp_path: Path) -> None:
+    write_volume(tmp_path / "labels.nii.gz", np.ones((1, 3, 5)), Geometry((5, 3, 1)), "labels", {})
+    with pytest.raises(InputError, match=r"labels.nii.gz has 5 x 3 x 1 voxels"):
+        from_labels(tmp_path / "labels.nii.gz", Geometry((3, 5, 1)))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 0.5], "whole numbers"),
+        ([0.0, -1.0], "whole numbers"),
+        ([0.0, np.nan], "whole numbers"),
+        ([0.0, 0.0], "marks no voxel"),
+        (range(70), "at most 64"),
+    ],
+)
+def test_what_is_not_labels_is_refused(values: list, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        from_label_array(np.array([[list(values)]], dtype=float))
