@@ -41,6 +41,19 @@ ROLES: dict[str, Role] = {
 }  # fmt: skip
 """Maps and masks by their names in Meta, in capitals."""
 
+UNITS: dict[str, str] = {"t1": "ms", "t2": "ms", "b0": "Hz", "b1": "relative", "fss": "fraction", "kssw": "1/s"}
+"""What the values of a map mean, in frames, in messages and in files; B1 is relative to nominal."""
+
+# Other units that a map's Meta `Unit` may state, in lower case, as factors to ours.
+_UNIT_FACTORS: dict[str, dict[str, float]] = {
+    "t1": {"ms": 1.0, "s": 1e3},
+    "t2": {"ms": 1.0, "s": 1e3, "us": 1e-3},
+    "b0": {"hz": 1.0},
+    "b1": {"relative": 1.0, "fraction": 1.0, "1": 1.0, "": 1.0, "%": 0.01, "percent": 0.01},
+    "fss": {"fraction": 1.0, "1": 1.0, "": 1.0, "%": 0.01, "percent": 0.01},
+    "kssw": {"1/s": 1.0, "s^-1": 1.0, "hz": 1.0},
+}
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -109,7 +122,7 @@ class Frame:
 
     pixels: np.ndarray
     """Values, float64, shape (z, y, x): magnitude of complex data, root sum of squares of several channels, rescaled as Meta
-    asks. Real data keep their sign (a B0 map has one)."""
+    asks. Real data keep their sign (a B0 map has one). Maps are in the unit of `UNITS`."""
     geometry: Geometry
     role: Role = "image"
     """What the image is, from Meta `DataRole` or `GADGETRON_DataRole`; phase, imaginary and colour images are `other`."""
@@ -131,7 +144,8 @@ class Frame:
 def decode_frame(message: bytes | bytearray | memoryview, *, max_voxels: int = MAX_VOXELS) -> Frame:
     """Decode the body of an MRD image message.
 
-    Rescaling: value = stored x `RescaleSlope` + `RescaleIntercept` if Meta has them, before channels are combined.
+    Rescaling: value = stored x `RescaleSlope` + `RescaleIntercept` if Meta has them, before channels are combined. A map whose
+    Meta says another `Unit` than that of `UNITS` is converted.
 
     Parameters
     ----------
@@ -160,7 +174,7 @@ def decode_frame(message: bytes | bytearray | memoryview, *, max_voxels: int = M
         raise InputError(f"The {role} map has {shape[0]} channels; send one combined map.")
     pixels = np.sqrt(np.sum(pixels**2, axis=0)) if shape[0] > 1 else pixels[0]
     return Frame(
-        pixels=pixels,
+        pixels=pixels * _unit_factor(role, meta),
         geometry=_geometry(header),
         role=role,
         repetition=header.repetition,
@@ -252,13 +266,16 @@ def image_message(
 def encode_frame(frame: Frame) -> bytes:
     """The message of a frame: pixels as float32, counters, geometry and Meta kept.
 
-    Meta's rescale attributes are dropped (they are applied already) and a role that Meta does not name is written as `DataRole`.
+    Meta's rescale attributes are dropped (they are applied already), a map's unit is stated, and a role that Meta does not name
+    is written as `DataRole`.
     """
     meta: dict[str, str | list[str]] = {
         name: value.split("\\") for name, value in frame.meta.items() if name not in ("RescaleSlope", "RescaleIntercept")
     }
     if not _data_roles(frame.meta):
         meta["DataRole"] = "FREQMAP" if frame.role == "b0" else frame.role.upper()
+    if frame.role in UNITS:
+        meta["Unit"] = UNITS[frame.role]
     if frame.is_dummy:
         meta["IsDummy"] = "1"
     return image_message(
@@ -353,6 +370,15 @@ def _rescale(pixels: np.ndarray, meta: Mapping[str, str]) -> np.ndarray:
     if pixels.dtype.kind == "c" and intercept != 0:
         raise InputError(f"RescaleIntercept {intercept:g} has no meaning for complex pixels; send the magnitude or leave it out.")
     return pixels if (slope, intercept) == (1.0, 0.0) else pixels * slope + intercept
+
+
+def _unit_factor(role: Role, meta: Mapping[str, str]) -> float:
+    if role not in UNITS or "Unit" not in meta:
+        return 1.0
+    factor = _UNIT_FACTORS[role].get(meta["Unit"].strip().lower())
+    if factor is None:
+        raise InputError(f"The {role} map says that its unit is {meta['Unit']!r}; give it in {UNITS[role]}.")
+    return factor
 
 
 def _number(meta: Mapping[str, str], name: str, default: float) -> float:

@@ -10,7 +10,6 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import nibabel
 import numpy as np
@@ -18,88 +17,24 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Extension
 
 from scansteer.core.errors import InputError
-from scansteer.protocols.scan import Scan
-from scansteer.realtime.images import Frame, Geometry, by
-
-MapName = Literal["t1", "t2", "b0", "b1", "fss", "kssw"]
-
-UNITS: dict[str, str] = {"t1": "ms", "t2": "ms", "b0": "Hz", "b1": "relative to nominal", "fss": "fraction", "kssw": "1/s"}
-"""What the values of an auxiliary map mean, in files and in images."""
-
-QUANTITIES: dict[str, str] = {
-    "t1": "t1_ms", "t2": "t2_ms", "b0": "b0_hz", "b1": "b1_relative", "fss": "fss", "kssw": "kssw_per_s",
-}  # fmt: skip
-"""Name, with its unit, under which a map is kept inside."""
-
-# Units that a Meta `Unit` may state, as factors to ours.
-_FACTORS: dict[str, dict[str, float]] = {
-    "t1": {"ms": 1.0, "s": 1000.0},
-    "t2": {"ms": 1.0, "s": 1000.0, "us": 0.001},
-    "b0": {"hz": 1.0},
-    "b1": {"": 1.0, "1": 1.0, "relative": 1.0, "fraction": 1.0, "%": 0.01, "percent": 0.01},
-    "fss": {"": 1.0, "1": 1.0, "fraction": 1.0, "%": 0.01, "percent": 0.01},
-    "kssw": {"1/s": 1.0, "hz": 1.0, "s^-1": 1.0},
-}
+from scansteer.realtime.images import UNITS, Frame, Geometry, Role, by
 
 _SCANNER, _ALIGNED = 1, 2  # NIfTI codes of what an affine refers to
 
 
-def from_frame(frame: Frame, geometry: Geometry) -> tuple[str, np.ndarray]:
-    """An auxiliary map that came as an image.
-
-    Parameters
-    ----------
-    frame
-        Its role names the map; Meta `Unit`, if given, its unit (else that of `UNITS`).
-    geometry
-        That of the image series.
-
-    Returns
-    -------
-    Name as in `QUANTITIES`, values in its unit, float64, shape (z, y, x).
-
-    Raises
-    ------
-    InputError
-        Not an auxiliary map, another geometry, or an unknown unit.
-    """
-    if frame.role not in QUANTITIES:
-        raise InputError(f"An image of role {frame.role!r} is not an auxiliary map (known: {', '.join(QUANTITIES)}).")
-    difference = geometry.difference(frame.geometry)
-    if difference:
-        raise InputError(f"The {frame.role} map does not lie on the images: {difference}; resample it to them.")
-    unit = frame.meta.get("Unit", frame.meta.get("Units", UNITS[frame.role])).strip()
-    factors = _FACTORS[frame.role] | {UNITS[frame.role].lower(): 1.0}
-    if unit.lower() not in factors:
-        raise InputError(f"The {frame.role} map says its unit is {unit!r}; give it in {UNITS[frame.role]}.")
-    return QUANTITIES[frame.role], frame.pixels * factors[unit.lower()]
-
-
-def from_file(name: str, path: str | Path, geometry: Geometry) -> tuple[str, np.ndarray]:
-    """An auxiliary map from a NIfTI file (`--map NAME=FILE.nii.gz`), in the unit of `UNITS`; returns as `from_frame`.
+def from_file(name: str, path: str | Path, geometry: Geometry) -> Frame:
+    """An auxiliary map from a NIfTI file (`--map NAME=FILE.nii.gz`), as if it had come as an image; unit as in `UNITS`.
 
     Raises
     ------
     InputError
         Unknown name, not readable, or another geometry.
     """
-    if name not in QUANTITIES:
+    if name not in UNITS:
         known = ", ".join(f"{name} [{unit}]" for name, unit in UNITS.items())
         raise InputError(f"Unknown auxiliary map {name!r}; known are {known}.")
-    return QUANTITIES[name], read_volume(path, geometry)
-
-
-def in_scan_units(maps: Mapping[str, np.ndarray], scan: Scan) -> dict[str, np.ndarray]:
-    """Maps named as in `QUANTITIES`, under the names and in the units of a scan's auxiliaries (s, ppm, 1/s)."""
-    conversions = {
-        "t1_ms": ("t1_s", 1e-3),
-        "t2_ms": ("t2_s", 1e-3),
-        "b0_hz": ("b0_ppm", 1 / scan.larmor_hz_per_ppm),
-        "b1_relative": ("b1_relative", 1.0),
-        "fss": ("fss", 1.0),
-        "kssw_per_s": ("kssw", 1.0),
-    }
-    return {conversions[name][0]: values * conversions[name][1] for name, values in maps.items()}
+    role: Role = name  # type: ignore[assignment]
+    return Frame(read_volume(path, geometry), geometry, role=role)
 
 
 def read_volume(path: str | Path, geometry: Geometry) -> np.ndarray:

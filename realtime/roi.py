@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from scansteer.core.errors import InputError
-from scansteer.realtime.images import Geometry, by
+from scansteer.realtime.images import Frame, Geometry, by
 from scansteer.realtime.maps import read_volume
 
 MAX_T1_MS = 5000.0
@@ -19,6 +19,7 @@ MAX_T2_MS = 600.0
 _NOISE_FACTOR = 3.5  # Rayleigh noise exceeds this many medians in 2e-4 of its pixels
 _SMALLEST_PART = 0.02  # of the largest connected part
 _MAX_REGIONS = 64
+_MAX_LABEL = 255
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def automatic(pixels: np.ndarray, auxiliaries: Mapping[str, np.ndarray] | None =
     pixels
         Shape (z, y, x).
     auxiliaries
-        Maps of that shape by name; `t1_ms` and `t2_ms` are looked at: zero, negative, not finite, above
-        5 000 or 600 ms is background.
+        Maps of that shape by role; `t1` and `t2` [ms] are looked at: zero, negative, not finite, above 5 000 or 600 ms
+        is background.
 
     Raises
     ------
@@ -58,9 +59,15 @@ def automatic(pixels: np.ndarray, auxiliaries: Mapping[str, np.ndarray] | None =
 
 
 def from_labels(path: str | Path, geometry: Geometry) -> list[Region]:
-    """Regions drawn in a NIfTI label image: 0 is background, every other whole number one region.
+    """Regions drawn in a NIfTI label image: 0 is background, every other whole number one region; see `labels_from_file`."""
+    frame, names = labels_from_file(path, geometry)
+    return from_frame(frame, geometry, names)
 
-    Names come from a table beside it (LABELS.tsv, columns `index` and `name`, as BIDS has it), else "label 1" ...
+
+def labels_from_file(path: str | Path, geometry: Geometry) -> tuple[Frame, tuple[str, ...]]:
+    """A NIfTI label image as if it had come as an image, and the names of the labels 1, 2, ..
+
+    Names come from a table beside it (LABELS.tsv, columns `index` and `name`, as BIDS has it), else "label 1" and so on.
 
     Raises
     ------
@@ -68,20 +75,50 @@ def from_labels(path: str | Path, geometry: Geometry) -> list[Region]:
         Not readable, of another matrix or place, or not labels.
     """
     path = Path(path)
-    return from_label_array(read_volume(path, geometry), _label_names(path), str(path))
+    labels = read_volume(path, geometry)
+    numbers = _check_labels(labels, str(path))
+    names = _label_names(path)
+    listed = tuple(names.get(number, f"label {number}") for number in range(1, max(numbers) + 1))
+    return Frame(labels, geometry, role="mask"), listed
 
 
-def from_label_array(labels: np.ndarray, names: Mapping[int, str] | None = None, source: str = "The label image") -> list[Region]:
-    """Regions of an array of labels, shape (z, y, x), as `from_labels`."""
-    if not np.all(np.isfinite(labels)) or not np.array_equal(labels, np.round(labels)) or labels.min(initial=0) < 0:
+def from_frame(frame: Frame, geometry: Geometry, names: Sequence[str] = ()) -> list[Region]:
+    """Regions of a label image that came as an image.
+
+    Parameters
+    ----------
+    geometry
+        That of the image series.
+    names
+        Of the labels 1, 2, ..; a label without one is called "label N".
+
+    Raises
+    ------
+    InputError
+        Another geometry, or not labels.
+    """
+    difference = geometry.difference(frame.geometry)
+    if difference:
+        raise InputError(f"The label image does not lie on the images: {difference}; resample it to them.")
+    numbers = _check_labels(frame.pixels, "The label image")
+    return [
+        Region(names[number - 1] if number <= len(names) else f"label {number}", np.flatnonzero(frame.pixels == number))
+        for number in numbers
+    ]
+
+
+def _check_labels(labels: np.ndarray, source: str) -> list[int]:
+    """The labels that occur, background apart."""
+    if not np.all(np.isfinite(labels)) or not np.array_equal(labels, np.round(labels)) or labels.min() < 0:
         raise InputError(f"{source} must hold whole numbers from 0 (background) up; it holds other values.")
     numbers = [int(number) for number in np.unique(labels) if number > 0]
     if not numbers:
         raise InputError(f"{source} marks no voxel; label at least one with 1.")
-    if len(numbers) > _MAX_REGIONS:
-        raise InputError(f"{source} has {len(numbers)} labels; at most {_MAX_REGIONS} regions are accepted.")
-    names = names or {}
-    return [Region(names.get(number, f"label {number}"), np.flatnonzero(labels == number)) for number in numbers]
+    if len(numbers) > _MAX_REGIONS or numbers[-1] > _MAX_LABEL:
+        raise InputError(
+            f"{source} has {len(numbers)} labels up to {numbers[-1]}; at most {_MAX_REGIONS}, up to {_MAX_LABEL}, are accepted."
+        )
+    return numbers
 
 
 def _threshold(pixels: np.ndarray) -> float:
@@ -97,7 +134,7 @@ def _otsu(values: np.ndarray) -> float:
     below, sum_below = np.cumsum(counts), np.cumsum(counts * centres)
     above, mean = below[-1] - below, sum_below[-1] / below[-1]
     spread = np.divide((mean * below - sum_below) ** 2, below * above, out=np.zeros(below.shape), where=above > 0)
-    return float(edges[1:][np.argmax(spread)])
+    return float(np.mean(edges[1:][spread >= spread.max() * (1 - 1e-9)]))  # the middle of a gap: its empty bins all tie
 
 
 def _darkest_corner(pixels: np.ndarray) -> float:
@@ -110,7 +147,7 @@ def _darkest_corner(pixels: np.ndarray) -> float:
 
 def _tissue(shape: Sequence[int], auxiliaries: Mapping[str, np.ndarray]) -> np.ndarray:
     tissue = np.ones(shape, bool)
-    for name, largest in (("t1_ms", MAX_T1_MS), ("t2_ms", MAX_T2_MS)):
+    for name, largest in (("t1", MAX_T1_MS), ("t2", MAX_T2_MS)):
         values = auxiliaries.get(name)
         if values is None:
             continue

@@ -79,6 +79,21 @@ def test_the_role_comes_from_meta(meta: dict, role: str) -> None:
     assert decode_frame(image_message(PIXELS, meta=meta)).role == role
 
 
+@pytest.mark.parametrize(
+    ("role", "unit", "factor"),
+    [("T1", "ms", 1), ("T2", "s", 1000), ("T2", "us", 0.001), ("FREQMAP", "Hz", 1), ("B1MAP", "%", 0.01)],
+)
+def test_maps_in_other_units_are_converted(role: str, unit: str, factor: float) -> None:
+    frame = decode_frame(image_message(PIXELS, meta={"DataRole": role, "Unit": unit}))
+    np.testing.assert_allclose(frame.pixels[0], PIXELS * factor)
+    np.testing.assert_allclose(decode_frame(encode_frame(frame)).pixels, frame.pixels, rtol=1e-6)  # float32 on the way
+
+
+def test_maps_in_unknown_units_are_refused() -> None:
+    with pytest.raises(InputError, match="unit is 'furlong'; give it in ms"):
+        decode_frame(image_message(PIXELS, meta={"DataRole": "T1", "Unit": "furlong"}))
+
+
 def test_phase_images_are_not_data() -> None:
     assert decode_frame(header_with(image_message(PIXELS), image_type=2)).role == "other"
 

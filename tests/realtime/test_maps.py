@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from scansteer.core.errors import InputError
-from scansteer.protocols.builtin import BUILTIN
-from scansteer.realtime.images import Geometry, decode_frame, image_message
-from scansteer.realtime.maps import from_file, from_frame, in_scan_units, read_volume, write_volume
+from scansteer.realtime.images import Geometry
+from scansteer.realtime.maps import from_file, read_volume, write_volume
 
 PLACED = Geometry((5, 3, 2), (50.0, 30.0, 8.0), (1.0, 2.0, 3.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 UNPLACED = Geometry((5, 3, 2), (50.0, 30.0, 8.0))
@@ -39,9 +38,9 @@ def test_a_written_map_tells_where_it_comes_from(tmp_path: Path) -> None:
 def test_a_flat_file_serves_a_single_slice(tmp_path: Path) -> None:
     geometry = Geometry((5, 3, 1))
     nibabel.save(nibabel.Nifti1Image(VALUES[0].T, np.eye(4)), tmp_path / "t1.nii")
-    name, values = from_file("t1", tmp_path / "t1.nii", geometry)
-    assert name == "t1_ms"
-    np.testing.assert_array_equal(values, VALUES[:1])
+    frame = from_file("t1", tmp_path / "t1.nii", geometry)
+    assert (frame.role, frame.geometry) == ("t1", geometry)
+    np.testing.assert_array_equal(frame.pixels, VALUES[:1])
 
 
 def test_another_matrix_or_place_is_refused(tmp_path: Path) -> None:
@@ -66,37 +65,3 @@ def test_files_that_are_not_nifti_are_refused(tmp_path: Path) -> None:
         read_volume(tmp_path / "cut.nii.gz", UNPLACED)
     with pytest.raises(InputError, match=r"Unknown auxiliary map 't3'; known are t1 \[ms\]"):
         from_file("t3", tmp_path / "whole.nii.gz", UNPLACED)
-
-
-@pytest.mark.parametrize(
-    ("role", "unit", "name", "factor"),
-    [
-        ("T1", "ms", "t1_ms", 1),
-        ("T1", None, "t1_ms", 1),
-        ("T2", "s", "t2_ms", 1000),
-        ("FREQMAP", "Hz", "b0_hz", 1),
-        ("B1MAP", "%", "b1_relative", 0.01),
-    ],
-)
-def test_maps_that_come_as_images_have_their_units_converted(role: str, unit: str | None, name: str, factor: float) -> None:
-    meta = {"DataRole": role} | ({"Unit": unit} if unit else {})
-    found, values = from_frame(decode_frame(image_message(VALUES, UNPLACED, meta=meta)), UNPLACED)
-    assert found == name
-    np.testing.assert_allclose(values, VALUES * factor)
-
-
-def test_maps_that_do_not_fit_are_refused() -> None:
-    t1 = decode_frame(image_message(VALUES, UNPLACED, meta={"DataRole": "T1", "Unit": "furlong"}))
-    with pytest.raises(InputError, match="unit is 'furlong'; give it in ms"):
-        from_frame(t1, UNPLACED)
-    with pytest.raises(InputError, match="its matrix is 5 x 3 x 2 instead of 4 x 3 x 2"):
-        from_frame(t1, Geometry((4, 3, 2)))
-    with pytest.raises(InputError, match="not an auxiliary map"):
-        from_frame(decode_frame(image_message(VALUES, UNPLACED)), UNPLACED)
-
-
-def test_scan_units_are_seconds_and_ppm() -> None:
-    scan = BUILTIN["larg-phantom-9.4T"]
-    converted = in_scan_units({"t1_ms": np.array([1500.0]), "b0_hz": np.array([400.2])}, scan)
-    np.testing.assert_allclose(converted["t1_s"], 1.5)
-    np.testing.assert_allclose(converted["b0_ppm"], 1.0, rtol=1e-3)  # 400.2 MHz at 9.4 T

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from scansteer.core.errors import InputError
-from scansteer.realtime.images import Geometry
-from scansteer.realtime.maps import from_frame, write_volume
-from scansteer.realtime.roi import automatic, from_label_array, from_labels
+from scansteer.realtime.images import Frame, Geometry
+from scansteer.realtime.maps import write_volume
+from scansteer.realtime.roi import automatic, from_frame, from_labels
 from scansteer.realtime.sources import open_source
 
 DATA = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -47,15 +47,15 @@ def test_noise_is_not_foreground_when_the_object_is_hardly_brighter() -> None:
 def test_voxels_whose_maps_are_background_are_left_out() -> None:
     t1, t2 = np.full((1, 32, 40), 1500.0), np.full((1, 32, 40), 80.0)
     t1[0, 10, 12], t1[0, 10, 13], t2[0, 10, 14], t2[0, 10, 15] = 0.0, 5001.0, np.nan, 601.0
-    missing = mask_of(automatic(picture()).voxels) & ~mask_of(automatic(picture(), {"t1_ms": t1, "t2_ms": t2}).voxels)
+    missing = mask_of(automatic(picture()).voxels) & ~mask_of(automatic(picture(), {"t1": t1, "t2": t2}).voxels)
     assert np.flatnonzero(missing).tolist() == [10 * 40 + x for x in (12, 13, 14, 15)]
-    with pytest.raises(InputError, match="t1_ms has the shape 1 x 32 x 39"):
-        automatic(picture(), {"t1_ms": t1[..., 1:]})
+    with pytest.raises(InputError, match="t1 has the shape 1 x 32 x 39"):
+        automatic(picture(), {"t1": t1[..., 1:]})
 
 
 def test_a_picture_without_foreground_is_refused() -> None:
     with pytest.raises(InputError, match=r"no foreground.*--roi"):
-        automatic(picture(), {"t1_ms": np.zeros((1, 32, 40))})
+        automatic(picture(), {"t1": np.zeros((1, 32, 40))})
 
 
 def test_an_object_that_fills_the_picture_is_kept_whole() -> None:
@@ -72,7 +72,7 @@ def test_the_truth_masks_of_real_scans_are_covered(name: str) -> None:
     with open_source(DATA / f"{name}.h5") as source:
         first = source.first()
         assert first is not None
-        maps = dict(from_frame(stored.frame, first.frame.geometry) for stored in source.auxiliaries())
+        maps = {stored.frame.role: stored.frame.pixels for stored in source.auxiliaries()}
     found = np.zeros(mask.size, bool)
     found[automatic(first.frame.pixels, maps).voxels] = True
     assert found[mask.ravel()].mean() >= 0.99
@@ -108,8 +108,17 @@ def test_labels_of_another_shape_are_refused(tmp_path: Path) -> None:
         ([0.0, np.nan], "whole numbers"),
         ([0.0, 0.0], "marks no voxel"),
         (range(70), "at most 64"),
+        ([0.0, 256.0], "up to 255"),
     ],
 )
 def test_what_is_not_labels_is_refused(values: list, expected: str) -> None:
+    geometry = Geometry((len(values), 1, 1))
     with pytest.raises(InputError, match=expected):
-        from_label_array(np.array([[list(values)]], dtype=float))
+        from_frame(Frame(np.array([[list(values)]], dtype=float), geometry), geometry)
+
+
+def test_labels_that_came_as_an_image_must_lie_on_the_images() -> None:
+    frame = Frame(np.array([[[0.0, 2.0, 1.0, 3.0]]]), Geometry((4, 1, 1)), role="mask")
+    assert [region.name for region in from_frame(frame, Geometry((4, 1, 1)), ("left", "right"))] == ["left", "right", "label 3"]
+    with pytest.raises(InputError, match="matrix is 4 x 1 x 1 instead of 2 x 2 x 1"):
+        from_frame(frame, Geometry((2, 2, 1)))
