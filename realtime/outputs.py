@@ -1,0 +1,111 @@
+"""What a scan leaves behind: decisions.jsonl (as it goes), summary.json, maps and report.html."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from scansteer.core.errors import ScansteerError
+from scansteer.realtime import report
+from scansteer.realtime.images import Geometry
+from scansteer.realtime.maps import write_volume
+from scansteer.realtime.messages import Decision
+
+
+class DecisionLog:
+    """decisions.jsonl, one line per decision, each in the file as soon as it is made; use as a context manager.
+
+    Attributes
+    ----------
+    decisions
+        What was written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.decisions: list[Decision] = []
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: TextIO = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ScansteerError(f"Cannot write {path}: {error.strerror}.") from error
+
+    def append(self, decision: Decision) -> None:
+        """
+        Raises
+        ------
+        ScansteerError
+            The file cannot be written (a full disk, say).
+        """
+        try:
+            self._file.write(decision.model_dump_json() + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ScansteerError(f"Cannot write {self._path}: {error.strerror}.") from error
+        self.decisions.append(decision)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> DecisionLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_outputs(
+    out: Path,
+    decisions: Sequence[Decision],
+    geometry: Geometry | None,
+    maps: Mapping[str, np.ndarray],
+    summary: Mapping[str, Any],
+    maps_at: Mapping[int, Mapping[str, np.ndarray]] | None = None,
+) -> None:
+    """Write everything but decisions.jsonl into a folder.
+
+    Parameters
+    ----------
+    out
+        The folder; made if it does not exist.
+    decisions
+        All of them, in order.
+    geometry
+        That of the images; none if no image came, and then no maps are written.
+    maps
+        File name without suffix (`fs_map`, `fs_lower`, .., `nrmse`) -> values, shape (z, y, x), NaN outside the region.
+    summary
+        What summary.json says; `scan` and `versions` go into every map as well.
+    maps_at
+        Maps as they stood after so many images, into maps_NNN.
+
+    Raises
+    ------
+    ScansteerError
+        A file cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for n_images, at_that_time in (maps_at or {}).items():
+            write_maps(out / f"maps_{n_images:03d}", at_that_time, geometry, summary, n_images)
+        write_maps(out / "maps", maps, geometry, summary, decisions[-1].n_images if decisions else 0)
+        (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (out / "report.html").write_text(report.render(decisions, maps, summary), encoding="utf-8")
+    except OSError as error:
+        raise ScansteerError(f"Cannot write {error.filename or out}: {error.strerror}.") from error
+
+
+def write_maps(
+    folder: Path, maps: Mapping[str, np.ndarray], geometry: Geometry | None, summary: Mapping[str, Any], n_images: int
+) -> None:
+    """Write one NIfTI file per map, with the scan, the versions and the number of images in its header."""
+    if geometry is None or not maps:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    provenance = {"scan": summary.get("scan"), "n_images": n_images, "versions": summary.get("versions", {})}
+    for name, values in maps.items():
+        write_volume(folder / f"{name}.nii.gz", values, geometry, name, provenance)
