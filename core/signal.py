@@ -16,13 +16,16 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from scansteer.core import bloch_mcconnell as bm
+from scansteer.core import two_pool
 from scansteer.core.saturation import Saturation, Train
 from scansteer.core.tissue import Tissue
 
 GAMMA = 267.5153e6
 """Proton gyromagnetic ratio [rad/s/T], the value used by pulseq-cest."""
-CHUNK = 64
-"""Cells propagated at a time: the matrices of 64 cells stay in a core's cache."""
+CHUNK = 512
+"""Cells simulated at a time; bounds the memory, and the closed forms run best with a few hundred."""
+CACHED_CELLS = 64
+"""Cells whose matrices are multiplied at a time: they stay in a core's cache."""
 GAUSS_STEPS = 64
 """Constant steps that stand in for a Gaussian pulse."""
 GAUSS_SIGMA = 1 / 6
@@ -74,7 +77,7 @@ def equilibrium(tissue: Tissue) -> Float[Array, "pool *cell"]:
 
 def recovery_map(tissue: Tissue, duration: Float[Array, ""]) -> LongitudinalMap:
     """Free relaxation and exchange of Mz over `duration` [s]."""
-    return _in_chunks(lambda cells, *_: _recovery(cells, duration), tissue)
+    return _in_chunks(lambda cells, *_: _as_longitudinal(bm.free_longitudinal(cells, duration)), tissue)
 
 
 def saturation_map(tissue: Tissue, saturation: Saturation, train: Train) -> LongitudinalMap:
@@ -134,6 +137,10 @@ def signals(
     return _in_chunks(chunk, tissue, readout.carry_over, initial)
 
 
+def _as_longitudinal(map: bm.Affine) -> LongitudinalMap:
+    return LongitudinalMap(map.matrix, map.shift)
+
+
 def _chain(blocks, reading, initial, order):
     def image(mz, number):
         mz = jax.tree.map(lambda leaf: leaf[number], blocks)(mz)
@@ -146,55 +153,56 @@ def _with_carry_over(readout, carry_over):
     return Readout(readout.flip_angle, readout.shot_spacing, carry_over, readout.n_shots, readout.encoded_shot)
 
 
-def _recovery(tissue, duration) -> LongitudinalMap:
-    n = bm.n_transverse(tissue)
-    a, b = bm.generator(tissue, 0.0, 0.0)
-    free = bm.propagate(a[2 * n :, 2 * n :], b[2 * n :], duration)
-    return LongitudinalMap(free.matrix, free.shift)
-
-
 def _block(tissue, saturation, train) -> LongitudinalMap:
-    recovery = _recovery(tissue, saturation.t_rec)
+    recovery = bm.free_longitudinal(tissue, saturation.t_rec)
+    played = _saturation(tissue, saturation, train)
+    # written out, not `then`: two small maps, fused once
+    return LongitudinalMap(bm.multiply(played.matrix, recovery.matrix), bm.apply(played.matrix, recovery.shift) + played.shift)
+
+
+def _saturation(tissue, saturation, train) -> bm.Affine:
+    """The map of Mz over the RF, by the closed form where there is one."""
+    general = lambda: _saturation_in_general(tissue, saturation, train)  # noqa: E731
+    if train.n_pulses > 1 or train.shape != "block" or train.spin_lock or len(tissue.pools) != 1 or tissue.pools[0].lineshape != "bloch":
+        return general()
+    (pool,) = tissue.pools
+    x = two_pool.scaled(tissue, GAMMA * saturation.b1 * tissue.b1, 2 * math.pi * saturation.offset_hz, saturation.t_sat)
+    quick, trusted = two_pool.longitudinal(x, (saturation.t_sat / tissue.t1, saturation.t_sat * pool.f / pool.t1))
+    return lax.cond(trusted, lambda: quick, general)
+
+
+def _saturation_in_general(tissue, saturation, train) -> bm.Affine:
     n = bm.n_transverse(tissue)
-    played = _train(tissue, saturation, train)
-    matrix, shift = played.matrix[2 * n :, 2 * n :], played.shift[2 * n :]
-    return LongitudinalMap(bm.multiply(matrix, recovery.matrix), bm.apply(matrix, recovery.shift) + shift)
+
+    def longitudinal(tissue):
+        played = _train(tissue, saturation, train)
+        return bm.Affine(played.matrix[2 * n :, 2 * n :], played.shift[2 * n :])
+
+    return _mapped(longitudinal, tissue, CACHED_CELLS)
 
 
 def _train(tissue, saturation, train) -> bm.Affine:
     """Pulses with free precession between them, as one map of the full state."""
     n = train.n_pulses
-    length = saturation.t_sat * train.duty_cycle / (train.duty_cycle + (n - 1)) if n > 1 else saturation.t_sat
-    pulse = _pulse(tissue, saturation, train, length)
     if n == 1:
-        return pulse
-    pause = (saturation.t_sat - n * length) / (n - 1)
+        return _pulse(tissue, saturation, train, saturation.t_sat)
+    length = saturation.t_sat / (n + (n - 1) * (1 / train.duty_cycle - 1))
+    pulse = _pulse(tissue, saturation, train, length)
     # the frame follows the RF during pulses and water's nominal frequency between them: the next pulse continues the phase
-    free = bm.propagate(*bm.generator(tissue, 0.0, 0.0), pause)
+    free = bm.free(tissue, (saturation.t_sat - n * length) / (n - 1))
     return bm.then(bm.power(bm.then(pulse, free), n - 1), pulse)
 
 
 def _pulse(tissue, saturation, train, length) -> bm.Affine:
     w1, offset = GAMMA * saturation.b1 * tissue.b1, 2 * math.pi * saturation.offset_hz
     if train.shape == "gauss":
-        return _gauss(tissue, w1, offset, length)
-    lock = bm.propagate(*bm.generator(tissue, w1, offset), length)
+        lock = _gauss(tissue, w1, offset, length)
+    else:
+        lock = bm.propagate(*bm.generator(tissue, w1, offset), length)
     if not train.spin_lock:
         return lock
     tip = jnp.arctan2(GAMMA * saturation.b1, jnp.abs(offset)) * jnp.where(offset < 0, -1.0, 1.0) * tissue.b1
-    return bm.then(bm.then(_turn(tissue, tip), lock), _turn(tissue, -tip))
-
-
-def _turn(tissue, angle) -> bm.Affine:
-    """Instantaneous rotation of the x-y-z pools about -y: Mz to +x for a positive angle, where the effective field lies."""
-    n, shape = bm.n_transverse(tissue), bm.cell_shape(tissue)
-    size = 2 * n + 1 + len(tissue.pools)
-    cosine, sine = (jnp.broadcast_to(value, shape) for value in (jnp.cos(angle), jnp.sin(angle)))
-    matrix = jnp.broadcast_to(jnp.eye(size).reshape((size, size) + (1,) * len(shape)), (size, size, *shape))
-    z_rows = [2 * n, *(2 * n + 1 + i for i, pool in enumerate(tissue.pools) if bm.is_transverse(pool))]
-    for x, z in enumerate(z_rows):
-        matrix = matrix.at[x, x].set(cosine).at[z, z].set(cosine).at[x, z].set(sine).at[z, x].set(-sine)
-    return bm.Affine(matrix, jnp.zeros((size, *shape)))
+    return bm.turned(tissue, lock, tip)
 
 
 def _gauss(tissue, w1, offset, length) -> bm.Affine:
@@ -204,28 +212,26 @@ def _gauss(tissue, w1, offset, length) -> bm.Affine:
     envelope = envelope / jnp.sqrt(jnp.mean(envelope**2))
 
     def step(total, amplitude):
-        return bm.hold(bm.then(total, bm.propagate(*bm.generator(tissue, w1 * amplitude, offset), length / GAUSS_STEPS))), None
+        return bm.then(total, bm.propagate(*bm.generator(tissue, w1 * amplitude, offset), length / GAUSS_STEPS)), None
 
-    n, shape = bm.n_transverse(tissue), bm.cell_shape(tissue)
-    return lax.scan(step, _turn(tissue, jnp.zeros(shape)), envelope)[0]
+    size, shape = 2 * bm.n_transverse(tissue) + 1 + len(tissue.pools), bm.cell_shape(tissue)
+    return lax.scan(step, bm.identity(size, shape), envelope)[0]
 
 
 def _readout(tissue, readout) -> ReadoutMap:
-    mz_shape = bm.equilibrium(tissue).shape
-    water = jnp.zeros(mz_shape).at[0].set(1.0)
-    cosine = jnp.cos(readout.flip_angle * tissue.b1)
-    identity = jnp.broadcast_to(jnp.eye(mz_shape[0]).reshape((mz_shape[0],) * 2 + (1,) * (len(mz_shape) - 1)), (mz_shape[0], *mz_shape))
-    nothing = bm.Affine(identity, jnp.zeros(mz_shape))
+    shape = bm.cell_shape(tissue)
+    count = 1 + len(tissue.pools)
+    nothing = bm.identity(count, shape)
+    cosine = jnp.broadcast_to(jnp.cos(readout.flip_angle * tissue.b1), shape)
     if readout.n_shots == 1:
-        share = cosine if readout.carry_over is None else readout.carry_over
-        return ReadoutMap(water, jnp.zeros(mz_shape[1:]), LongitudinalMap(identity * share, nothing.shift))
-    flip = bm.Affine(identity.at[0, 0].set(cosine), nothing.shift)
-    between = _recovery(tissue, readout.shot_spacing)
-    shot = bm.then(flip, bm.Affine(between.matrix, between.shift))
-    encode = bm.power(shot, readout.encoded_shot) if readout.encoded_shot else nothing
-    leave = bm.then(bm.power(shot, readout.n_shots - 1), flip)
+        encode, leave = nothing, bm.Affine(nothing.matrix * cosine, nothing.shift)
+    else:
+        flip = bm.Affine(nothing.matrix.at[0, 0].set(cosine), nothing.shift)
+        shot = bm.then(flip, bm.free_longitudinal(tissue, readout.shot_spacing))
+        encode = bm.power(shot, readout.encoded_shot) if readout.encoded_shot else nothing
+        leave = bm.then(bm.power(shot, readout.n_shots - 1), flip)
     if readout.carry_over is not None:
-        leave = bm.Affine(identity * readout.carry_over, nothing.shift)
+        leave = bm.Affine(nothing.matrix * readout.carry_over, nothing.shift)
     return ReadoutMap(encode.matrix[0], encode.shift[0], LongitudinalMap(leave.matrix, leave.shift))
 
 
@@ -234,23 +240,35 @@ def _in_chunks(function, tissue: Tissue, scalars=None, vectors=None):
 
     Leaves of `tissue` and `scalars` broadcast with (*cell), those of `vectors` with (pool, *cell).
     """
+    leaves = jax.tree.leaves
     shape = jnp.broadcast_shapes(
-        bm.cell_shape(tissue), *map(jnp.shape, jax.tree.leaves(scalars)), *(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(vectors))
+        bm.cell_shape(tissue), *map(jnp.shape, leaves(scalars)), *(jnp.shape(leaf)[1:] for leaf in leaves(vectors))
     )
-    count = math.prod(shape)
-    size = min(CHUNK, count)
-    n_chunks = -(-count // size)
 
-    def split(leaf, lead=()):
-        flat = jnp.broadcast_to(leaf.reshape(lead + (1,) * (len(shape) + len(lead) - leaf.ndim) + leaf.shape[len(lead) :]), lead + shape).reshape((*lead, count))
-        padded = jnp.concatenate([flat, jnp.broadcast_to(flat[..., -1:], (*lead, n_chunks * size - count))], axis=-1)
-        return jnp.moveaxis(padded.reshape((*lead, n_chunks, size)), -2, 0)
+    def flat(leaf, lead=()):
+        leaf = jnp.asarray(leaf)
+        missing = (1,) * (len(lead) + len(shape) - leaf.ndim)
+        return jnp.broadcast_to(leaf.reshape(lead + missing + leaf.shape[len(lead) :]), lead + shape).reshape((*lead, -1))
+
+    per_cell = jax.tree.map(flat, (tissue, scalars))
+    cells = (*per_cell, jax.tree.map(lambda leaf: flat(leaf, leaf.shape[:1]), vectors))
+    result = _mapped(lambda cells: jax.checkpoint(function)(*cells), cells, CHUNK)
+    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[:-1] + shape), result)
+
+
+def _mapped(function, cells, at_most: int):
+    """`function` over slices of the last axis, which must be pure in it, of about `at_most` cells; one after the other."""
+    count = jax.tree.leaves(cells)[0].shape[-1]
+    n_slices = -(-count // at_most)
+    size = -(-count // n_slices)
+
+    def split(leaf):
+        rest = jnp.broadcast_to(leaf[..., -1:], (*leaf.shape[:-1], n_slices * size - count))
+        padded = jnp.concatenate([leaf, rest], axis=-1)
+        return jnp.moveaxis(padded.reshape((*leaf.shape[:-1], n_slices, size)), -2, 0)
 
     def join(leaf):
         leaf = jnp.moveaxis(leaf, 0, -2)
-        lead = leaf.shape[:-2]
-        return leaf.reshape((*lead, n_chunks * size))[..., :count].reshape(lead + shape)
+        return leaf.reshape((*leaf.shape[:-2], n_slices * size))[..., :count]
 
-    per_cell = jax.tree.map(split, (tissue, scalars))
-    chunks = (*per_cell, jax.tree.map(lambda leaf: split(leaf, leaf.shape[:1]), vectors))
-    return jax.tree.map(join, lax.map(lambda chunk: jax.checkpoint(function)(*chunk), chunks))
+    return function(cells) if n_slices == 1 else jax.tree.map(join, lax.map(function, jax.tree.map(split, cells)))

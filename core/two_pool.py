@@ -1,0 +1,136 @@
+"""Water and one x-y-z pool under constant RF: what it does to Mz, in closed form.
+
+Most dictionaries are of this kind, and only Mz matters to them. The full exponential of the 6 x 6 generator takes some twenty products
+of matrices; its longitudinal 2 x 2 corner is the inverse Laplace transform of a resolvent that eliminating the transverse components
+gives by hand, here as 2 Re sum_j weight_j (A t - pole_j)^-1 over seven poles. The one pair of eigenvalues that such a sum misses,
+water's precession about its effective field, is found by Newton's method and its residue added. Agrees with `propagate` to 1e-11
+where `applies` says so, at a third of the time. (Tried and slower: a sum over the full 3 x 3 Schur complement of water, 1.2 us a pulse
+and cell; scaling and squaring, 1.1 us; this, 0.5 us.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from scansteer.core import rational_exponential as rational
+from scansteer.core.bloch_mcconnell import Affine
+from scansteer.core.tissue import Tissue
+
+NEGLIGIBLE = 1e-13
+"""A pair of eigenvalues that has decayed to this need not be found."""
+PAIR_ERROR = 1e-10
+"""Largest admitted error of the pair's contribution to Mz."""
+
+
+class Scaled(NamedTuple):
+    """All rates and frequencies times the duration, hence numbers; one per cell."""
+
+    r1_water: Array
+    r2_water: Array
+    r1_pool: Array
+    r2_pool: Array
+    exchange: Array
+    """k (pool -> water)."""
+    fraction: Array
+    offset_water: Array
+    offset_pool: Array
+    w1: Array
+
+
+def scaled(tissue: Tissue, w1, offset, duration) -> Scaled:
+    """`w1` and `offset` in rad/s as in `bloch_mcconnell.generator`; relaxation rates include the loss by exchange."""
+    (pool,) = tissue.pools
+    seen = offset - 2 * math.pi * tissue.b0_hz
+    loss = pool.k * pool.f
+    rates = (1 / tissue.t1 + loss, 1 / tissue.t2 + loss, 1 / pool.t1 + pool.k, 1 / pool.t2 + pool.k, pool.k)
+    r1_water, r2_water, r1_pool, r2_pool, exchange = (rate * duration for rate in rates)
+    offset_pool = (seen - 2 * math.pi * pool.offset_hz) * duration
+    return Scaled(r1_water, r2_water, r1_pool, r2_pool, exchange, pool.f, seen * duration, offset_pool, w1 * duration)
+
+
+def _resolvent(z, x: Scaled):
+    """Numerators and denominators of the longitudinal corner of (z - A t)^-1.
+
+    The corner is [[d, -k b], [-k f b, a]] n / m with the returned (a, b, d, n, m): n is the determinant of the transverse 4 x 4 block,
+    m / n that of the whole. Eliminating x, then y, of both pools; one division in all.
+    """
+    w2, kappa = x.w1**2, x.exchange**2 * x.fraction
+    y_water, y_pool, product = z + x.r2_water, z + x.r2_pool, (z + x.r2_water) * (z + x.r2_pool)
+    inner = product - kappa
+    a = y_water * inner + y_pool * x.offset_water**2
+    d = y_pool * inner + y_water * x.offset_pool**2
+    b = x.offset_water * x.offset_pool - inner
+    n = (y_water**2 + x.offset_water**2) * (y_pool**2 + x.offset_pool**2)
+    n = n - 2 * kappa * (product - x.offset_water * x.offset_pool) + kappa**2
+    a, b, d = (z + x.r1_water) * n + w2 * d, -(n + w2 * b), (z + x.r1_pool) * n + w2 * a
+    return a, b, d, n, a * d - kappa * b**2
+
+
+def _sum_over_poles(x: Scaled) -> list[Array]:
+    """Three entries of the corner of exp(A t), then of its integral over time: water-water, the mixed one, pool-pool."""
+    total = [jnp.zeros_like(x.w1)] * 6
+    for pole, weight in zip(rational.POLES, rational.WEIGHTS, strict=True):
+        a, b, d, n, m = _resolvent(pole, x)
+        share = n / m
+        entries = (d * share, -b * share, a * share)
+        values = [(-2 * weight * entry).real for entry in entries] + [(-2 * weight / pole * entry).real for entry in entries]
+        total = [old + new for old, new in zip(total, values, strict=True)]
+    return total
+
+
+def _pair(x: Scaled) -> tuple[list[Array], Array]:
+    """What the pair near (-R2rho +- i effective field) adds to the same six numbers, and the largest error of it."""
+    field = jnp.sqrt(x.offset_water**2 + x.w1**2)
+    x = x._replace(w1=jnp.maximum(x.w1, 1e-6 * field))  # without RF the pair has no residue and its equation no simple root
+    tilt = (x.w1 / field) ** 2
+    value = lax.complex(-x.r2_water * (1 - 0.5 * tilt) - 0.5 * tilt * x.r1_water, field)
+    for _ in range(2):
+        a, b, d, n, m, slope = _with_slope(value, x)
+        step = m / slope
+        value = value - step
+    lacking = rational.remainder(value) * n / slope
+    entries = [entry * lacking for entry in (d, -b, a)]
+    error = jnp.abs(step) / field * tilt * jnp.exp(value.real)
+    return [2 * entry.real for entry in entries] + [2 * (entry / value).real for entry in entries], error
+
+
+def _with_slope(z, x: Scaled):
+    """`_resolvent` at z, and n d(m / n)/dz: with it, m / slope is Newton's step to the root of m / n."""
+    (a, b, d, n, m), (_, _, _, dn, dm) = jax.jvp(lambda z: _resolvent(z, x), (z,), (jnp.ones_like(z),))
+    return a, b, d, n, m, dm - m / n * dn
+
+
+def applies(x: Scaled) -> Bool[Array, "*cell"]:
+    """Where the sum over poles and one pair is exact to 1e-9, apart from the convergence of the pair."""
+    field = jnp.sqrt(x.offset_water**2 + x.w1**2)
+    pool_decays = 0.5 * (x.r1_pool + x.r2_pool) > -rational.SAFE_REAL_PART
+    return pool_decays & (field > rational.FAR)
+
+
+def longitudinal(x: Scaled, sources: tuple[Array, Array]) -> tuple[Affine, Array]:
+    """The map of Mz of water and pool, and whether to trust it.
+
+    Parameters
+    ----------
+    x
+        Shape (cell,).
+    sources
+        1/T1 and f/T1 of the pool, times the duration.
+    """
+    total = _sum_over_poles(x)
+    field = jnp.sqrt(x.offset_water**2 + x.w1**2)
+    slowest = -jnp.min(x.r2_water + 0.5 * (x.w1 / field) ** 2 * (x.r1_water - x.r2_water))
+    nothing = lambda x: ([jnp.zeros_like(x.w1)] * 6, jnp.zeros_like(x.w1))  # noqa: E731
+    pair, error = lax.cond(jnp.exp(slowest) > NEGLIGIBLE, _pair, nothing, x)
+    ww, mixed, pp, ww_time, mixed_time, pp_time = (one + other for one, other in zip(total, pair, strict=True))
+    out, back = x.exchange * x.fraction, x.exchange
+    matrix = jnp.stack([jnp.stack([ww, back * mixed]), jnp.stack([out * mixed, pp])])
+    water, pool = sources
+    shift = jnp.stack([ww_time * water + back * mixed_time * pool, out * mixed_time * water + pp_time * pool])
+    return Affine(matrix, shift), jnp.all(applies(x) & (error < PAIR_ERROR))
