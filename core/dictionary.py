@@ -1,6 +1,6 @@
 """The dictionary: signals at every lattice point and nuisance node, one image at a time, with the pulses really played.
 
-Lattice points carry their magnetisation from image to image. Nodes are the tensor product of what concerns the chain of images
+Every simulated point carries its magnetisation from image to image. Nuisance nodes are the tensor product of what concerns the chain of images
 (carry-over, first state) and what concerns the tissue (T1, T2, B0, B1, pool T2): a saturation block is simulated once per tissue node and
 serves all chain nodes.
 """
@@ -11,16 +11,19 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scansteer.core import lattice
 from scansteer.core import signal as spin
 from scansteer.core.saturation import Saturation, Train
 from scansteer.core.tissue import Tissue
 
 
 class Forward(eqx.Module):
-    """What a scan's signals are simulated from; cells are lattice points, the last axis of the tissue's leaves."""
+    """What a scan's signals are simulated from."""
 
     tissue: Tissue
-    """Leaves broadcast to (tissue node, cell)."""
+    """Leaves broadcast to (tissue node, simulated node of (f, k))."""
+    upsampling: tuple[Float[Array, "f node"], Float[Array, "k node"]]
+    """From the simulated nodes of f and of k to the lattice (core.lattice)."""
     train: Train
     readout: spin.Readout
     """Its `carry_over` is ignored where `carry_over` below is given."""
@@ -33,7 +36,7 @@ class Forward(eqx.Module):
 class Magnetisation(eqx.Module):
     """Mz after the latest readout, and whether there was one."""
 
-    mz: Float[Array, "pool chain node cell"]
+    mz: Float[Array, "pool chain node point"]
 
 
 def start(forward: Forward) -> Magnetisation:
@@ -43,7 +46,7 @@ def start(forward: Forward) -> Magnetisation:
 
 
 def block_map(forward: Forward, saturation: Saturation) -> spin.LongitudinalMap:
-    """One recovery and saturation of all cells: (pool, pool, tissue node, cell)."""
+    """One recovery and saturation of all cells: (pool, pool, tissue node, point)."""
     return spin.saturation_map(forward.tissue, saturation, forward.train)
 
 
@@ -66,4 +69,5 @@ def play(
     else:
         left = forward.carry_over[:, None, None] * mz
     nodes = signal.reshape(-1, signal.shape[-1])
-    return Magnetisation(left), jnp.concatenate([nodes, jnp.ones_like(nodes[:1])])
+    cells = lattice.upsample(nodes, forward.upsampling)
+    return Magnetisation(left), jnp.concatenate([cells, jnp.ones_like(cells[:1])])

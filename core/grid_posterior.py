@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from scansteer.core import likelihood, region
 from scansteer.core.likelihood import Noise, Sums
-from scansteer.core.region import Box, Summary
+from scansteer.core.lattice import Box
+from scansteer.core.region import Summary
 
 
 class Prior(eqx.Module):
@@ -41,13 +42,15 @@ class Info(eqx.Module):
 
 def make_prior(lower: Float[Array, " 2"], upper: Float[Array, " 2"], n_points: tuple[int, int], logarithmic: tuple[bool, bool]) -> Prior:
     """Independent uniform or log-uniform priors over a box; a log-uniform one needs a positive lower bound."""
+    box = Box(lower, upper, n_points)
+
     def density(axis: int) -> Array:
         low, high = lower[axis], upper[axis]
-        points = jnp.linspace(low, high, n_points[axis])
+        points = box.value(axis, jnp.arange(n_points[axis], dtype=jnp.float64))
         value = -jnp.log(points * jnp.log(high / low)) if logarithmic[axis] else jnp.full(n_points[axis], -jnp.log(high - low))
         return value.astype(jnp.float32)
 
-    return Prior(Box(lower, upper, n_points), (density(0), density(1)))
+    return Prior(box, (density(0), density(1)))
 
 
 def expected_columns(weights: Float[Array, "group mixture column node"], signals: Float[Array, "node cell"]) -> Array:
@@ -61,7 +64,7 @@ def infer(sums: Sums, noise: Noise, prior: Prior) -> Info:
     log_posterior = fit.log_likelihood + prior.on_cells()
     shape = (-1, *prior.box.n_points)
     summary = region.summarise(log_posterior.reshape(shape), prior.log_density, prior.box)
-    at_map = tuple(((summary.map - prior.box.lower) / prior.box.step()).astype(jnp.float32)[:, axis, None] for axis in (0, 1))
+    at_map = prior.box.position(0, summary.map[:, :1]), prior.box.position(1, summary.map[:, 1:])
     residual, amplitude = (region.interpolate(field.reshape(shape), at_map)[:, 0, 0] for field in (fit.residual, fit.amplitude))
     nrmse = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(sums.energy, 1e-30))
     return Info(summary, nrmse, amplitude, log_posterior)

@@ -11,23 +11,14 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scansteer.core.lattice import Box
+
 N_FINE = 56
 N_BISECTIONS = 14
 EDGE_FRACTION = 0.01
 """Width of an edge row, as a fraction of the box (a cell of the published 100 x 100 grid)."""
 ANYTIME_LEVEL = 0.05
 """The anytime region is {posterior > 0.05 x prior} (Waudby-Smith & Ramdas 2020)."""
-
-
-class Box(eqx.Module):
-    """The rectangle of (f, k) that the lattice spans, both edges included."""
-
-    lower: Float[Array, " 2"]
-    upper: Float[Array, " 2"]
-    n_points: tuple[int, int] = eqx.field(static=True)
-
-    def step(self) -> Float[Array, " 2"]:
-        return (self.upper - self.lower) / (jnp.array(self.n_points) - 1)
 
 
 class Summary(eqx.Module):
@@ -53,15 +44,14 @@ def summarise(log_posterior: Float[Array, "voxel f k"], log_prior: tuple[Float[A
     """Summarise log posterior densities over (f, k), each up to a constant; the prior is the product of two normalised ones."""
     log_posterior = jnp.maximum(log_posterior - jnp.max(log_posterior, axis=(1, 2), keepdims=True), _FLOOR)
     outer = _lattice_window(log_posterior)
-    wide = _zoom(log_posterior, outer)
-    wide_mass = _mass(wide)
-    marginals = jnp.sum(wide_mass, axis=2), jnp.sum(wide_mass, axis=1)
-    edges = [_edge_mass(marginal, outer[axis], box.n_points[axis]) for axis, marginal in enumerate(marginals)]
-    inner = tuple(_shrink(marginal, outer[axis], box.n_points[axis]) for axis, marginal in enumerate(marginals))
-    fine = _zoom(log_posterior, inner)
+    wide, area = _zoom(log_posterior, outer), _cell_areas(outer, box)
+    mass = _mass(wide, area)
+    marginals = jnp.sum(mass, axis=2), jnp.sum(mass, axis=1)
+    edges = [_edge_mass(marginal, outer[axis], box, axis) for axis, marginal in enumerate(marginals)]
     prior = [(_weights(_positions(outer[axis]), box.n_points[axis]) @ log_prior[axis]) for axis in (0, 1)]
-    anytime = _anytime_area(wide, prior[0][:, :, None] + prior[1][:, None], outer, box)
-    return _describe(fine, inner, box, anytime_area=anytime, edge_mass=jnp.stack(edges, 1))
+    anytime = _anytime_area(wide, prior[0][:, :, None] + prior[1][:, None], area)
+    inner = _shrink(marginals[0], outer[0], box.n_points[0]), _shrink(marginals[1], outer[1], box.n_points[1])
+    return _describe(_zoom(log_posterior, inner), inner, box, anytime_area=anytime, edge_mass=jnp.stack(edges, 1))
 
 
 _FLOOR = -1e4
@@ -112,9 +102,15 @@ def _zoom(values: Array, windows: tuple[Window, Window]) -> Float[Array, "voxel 
     return interpolate(values, (_positions(windows[0]), _positions(windows[1])))
 
 
-def _mass(log_density: Float[Array, "voxel fine fine"]) -> Float[Array, "voxel fine fine"]:
-    density = jnp.exp(log_density - jnp.max(log_density, axis=(1, 2), keepdims=True))
-    return density / jnp.sum(density, axis=(1, 2), keepdims=True)
+def _mass(log_density: Float[Array, "voxel fine fine"], area: Float[Array, "voxel fine fine"]) -> Float[Array, "voxel fine fine"]:
+    mass = jnp.exp(log_density - jnp.max(log_density, axis=(1, 2), keepdims=True)) * area
+    return mass / jnp.sum(mass, axis=(1, 2), keepdims=True)
+
+
+def _cell_areas(windows: tuple[Window, Window], box: Box) -> Float[Array, "voxel fine fine"]:
+    """[f x 1/s]; cells of equal width in lattice steps differ in f and k."""
+    sides = [box.slope(axis, _positions(window)) * ((window[1] - window[0]) / N_FINE)[:, None] for axis, window in enumerate(windows)]
+    return sides[0][:, :, None] * sides[1][:, None]
 
 
 def _cdf_at(marginal: Float[Array, "voxel fine"], window: Window, position: Float[Array, " voxel"]) -> Float[Array, " voxel"]:
@@ -134,10 +130,12 @@ def _quantile(marginal: Float[Array, "voxel fine"], window: Window, p: float) ->
     return first + (last - first) / N_FINE * (cell + jnp.clip((p - below) / jnp.maximum(here, 1e-30), 0.0, 1.0))
 
 
-def _edge_mass(marginal: Array, window: Window, n: int) -> Float[Array, " voxel"]:
-    row = EDGE_FRACTION * (n - 1)
-    position = jnp.full(len(marginal), row, jnp.float32)
-    return jnp.maximum(_cdf_at(marginal, window, position), 1 - _cdf_at(marginal, window, n - 1 - position))
+def _edge_mass(marginal: Array, window: Window, box: Box, axis: int) -> Float[Array, " voxel"]:
+    """The fuller of the two edge rows."""
+    width = EDGE_FRACTION * (box.upper - box.lower)[axis]
+    rows = [box.position(axis, edge).astype(jnp.float32) for edge in (box.lower[axis] + width, box.upper[axis] - width)]
+    below = [_cdf_at(marginal, window, jnp.broadcast_to(row, len(marginal))) for row in rows]
+    return jnp.maximum(below[0], 1 - below[1])
 
 
 def _shrink(marginal: Array, window: Window, n: int) -> Window:
@@ -147,56 +145,50 @@ def _shrink(marginal: Array, window: Window, n: int) -> Window:
     return jnp.maximum(first - margin, 0.0), jnp.minimum(last + margin, n - 1.0)
 
 
-def _cell_area(windows: tuple[Window, Window], box: Box) -> Float[Array, " voxel"]:
-    step = box.step().astype(jnp.float32)
-    spans = [(last - first) * step[axis] / N_FINE for axis, (first, last) in enumerate(windows)]
-    return spans[0] * spans[1]
+def _anytime_area(log_density: Array, log_prior: Array, area: Array) -> Float[Array, " voxel"]:
+    """Area where the normalised posterior exceeds 0.05 x the normalised prior."""
+    log_posterior = log_density - jnp.log(jnp.sum(jnp.exp(log_density) * area, axis=(1, 2)))[:, None, None]
+    return jnp.sum(jnp.where(log_posterior > log_prior + jnp.log(ANYTIME_LEVEL), area, 0.0), axis=(1, 2))
 
 
-def _anytime_area(log_density: Array, log_prior: Array, windows: tuple[Window, Window], box: Box) -> Float[Array, " voxel"]:
-    """Area where the normalised posterior exceeds 0.05 x the normalised prior (log_prior integrates to 1 over the box)."""
-    area = _cell_area(windows, box)
-    log_posterior = log_density - jnp.log(jnp.sum(jnp.exp(log_density), axis=(1, 2)) * area)[:, None, None]
-    return area * jnp.sum(log_posterior > log_prior + jnp.log(ANYTIME_LEVEL), axis=(1, 2))
-
-
-def _hpd_area(density: Float[Array, "voxel fine fine"], cell_area: Array) -> Float[Array, " voxel"]:
-    """Smallest area that holds 95 %: bisection on the level (sorting is ten times slower), then a fraction of the level's cells."""
-    low, high = jnp.zeros(len(density), jnp.float32), jnp.max(density, axis=(1, 2))
+def _hpd_area(log_density: Array, mass: Array, area: Array) -> Float[Array, " voxel"]:
+    """Smallest area that holds 95 %: bisection on the density's level (sorting is ten times slower), then a share of the last cells."""
+    density = jnp.exp(log_density - jnp.max(log_density, axis=(1, 2), keepdims=True))
+    low, high = jnp.zeros(len(density), jnp.float32), jnp.ones(len(density), jnp.float32)
     for _ in range(N_BISECTIONS):
         level = 0.5 * (low + high)
-        enough = jnp.sum(jnp.where(density > level[:, None, None], density, 0.0), axis=(1, 2)) >= 0.95
+        enough = _above(density, level, mass) >= 0.95
         low, high = jnp.where(enough, level, low), jnp.where(enough, high, level)
-    outer, inner = density > low[:, None, None], density > high[:, None, None]
-    outer_mass, inner_mass = (jnp.sum(jnp.where(inside, density, 0.0), axis=(1, 2)) for inside in (outer, inner))
+    outer_mass, inner_mass = _above(density, low, mass), _above(density, high, mass)
     share = jnp.clip((0.95 - inner_mass) / jnp.maximum(outer_mass - inner_mass, 1e-30), 0.0, 1.0)
-    n_inner, n_outer = jnp.sum(inner, axis=(1, 2)), jnp.sum(outer, axis=(1, 2))
-    return cell_area * (n_inner + share * (n_outer - n_inner))
+    outer, inner = _above(density, low, area), _above(density, high, area)
+    return inner + share * (outer - inner)
+
+
+def _above(density: Array, level: Array, what: Array) -> Float[Array, " voxel"]:
+    """Sum of `what` where the density exceeds the level."""
+    return jnp.sum(jnp.where(density > level[:, None, None], what, 0.0), axis=(1, 2))
 
 
 def _describe(log_density: Array, windows: tuple[Window, Window], box: Box, *, anytime_area: Array, edge_mass: Array) -> Summary:
-    mass = _mass(log_density)
+    area = _cell_areas(windows, box)
+    mass = _mass(log_density, area)
     marginals = jnp.sum(mass, axis=2), jnp.sum(mass, axis=1)
-    positions = jnp.stack([_positions(window) for window in windows], axis=1)  # (voxel, 2, fine)
-    step, origin = box.step().astype(jnp.float32), box.lower.astype(jnp.float32)
-
-    def physical(position: Array) -> Array:
-        return origin + step * position
-
-    mean = jnp.stack([jnp.sum(m * positions[:, axis], axis=1) for axis, m in enumerate(marginals)], axis=1)
-    centred = positions - mean[:, :, None]
+    values = jnp.stack([box.value(axis, _positions(window)) for axis, window in enumerate(windows)], axis=1)  # (voxel, 2, fine)
+    mean = jnp.stack([jnp.sum(m * values[:, axis], axis=1) for axis, m in enumerate(marginals)], axis=1)
+    centred = values - mean[:, :, None]
     variance = [jnp.sum(m * centred[:, axis] ** 2, axis=1) for axis, m in enumerate(marginals)]
-    mixed = jnp.einsum("vfk,vf,vk->v", mass, centred[:, 0], centred[:, 1])
-    covariance = jnp.stack([jnp.stack([variance[0], mixed], 1), jnp.stack([mixed, variance[1]], 1)], 1) * step[:, None] * step
-    best = jnp.argmax(mass.reshape(len(mass), -1), axis=1)
+    mixed = jnp.sum(jnp.sum(mass * centred[:, 1, None], axis=2) * centred[:, 0], axis=1)
+    covariance = jnp.stack([jnp.stack([variance[0], mixed], 1), jnp.stack([mixed, variance[1]], 1)], 1)
+    best = jnp.argmax(log_density.reshape(len(log_density), -1), axis=1)
     cells = jnp.stack([best // N_FINE, best % N_FINE], axis=1)
     return Summary(
-        map=physical(jnp.take_along_axis(positions, cells[:, :, None], axis=2)[:, :, 0]),
-        mean=physical(mean),
+        map=jnp.take_along_axis(values, cells[:, :, None], axis=2)[:, :, 0],
+        mean=mean,
         covariance=covariance,
-        lower=physical(jnp.stack([_quantile(m, w, 0.025) for m, w in zip(marginals, windows, strict=True)], 1)),
-        upper=physical(jnp.stack([_quantile(m, w, 0.975) for m, w in zip(marginals, windows, strict=True)], 1)),
-        cr_area=_hpd_area(mass, _cell_area(windows, box)),
+        lower=jnp.stack([box.value(i, _quantile(marginals[i], windows[i], 0.025)) for i in (0, 1)], 1),
+        upper=jnp.stack([box.value(i, _quantile(marginals[i], windows[i], 0.975)) for i in (0, 1)], 1),
+        cr_area=_hpd_area(log_density, mass, area),
         anytime_area=anytime_area,
         edge_mass=edge_mass,
     )

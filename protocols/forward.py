@@ -7,14 +7,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from scansteer.core import grid_posterior, nuisance
+from scansteer.core import grid_posterior, lattice, nuisance
 from scansteer.core.dictionary import Forward
 from scansteer.core.grid_posterior import Prior
 from scansteer.core.nuisance import Axis
 from scansteer.protocols import tissue_model
 from scansteer.protocols.scan import Range, Scan, bounds
 
-N_POINTS = (48, 48)
+N_POINTS = (64, 64)
 """Lattice over the box; the confidence regions are interpolated from it (core.region)."""
 
 
@@ -36,15 +36,15 @@ def model(scan: Scan, n_points: tuple[int, int] = N_POINTS) -> Model:
     fraction, rate = scan.parameters.values()
     lower, upper = jnp.array([fraction.lower, rate.lower]), jnp.array([fraction.upper, rate.upper])
     prior = grid_posterior.make_prior(lower, upper, n_points, (fraction.prior == "log-uniform", rate.prior == "log-uniform"))
-    points = [np.linspace(p.lower, p.upper, n) for p, n in zip((fraction, rate), n_points, strict=True)]
-    lattice = np.meshgrid(*points, indexing="ij")
-    values: dict[str, np.ndarray] = {name: grid.reshape(1, -1) for name, grid in zip(scan.parameter_names, lattice, strict=True)}
+    grid = np.meshgrid(*(lattice.node_values(p.lower, p.upper) for p in (fraction, rate)), indexing="ij")
+    values: dict[str, np.ndarray] = {name: each.reshape(1, -1) for name, each in zip(scan.parameter_names, grid, strict=True)}
     chain, tissue = chain_axes(scan), tissue_axes(scan)
     nodes = nuisance.tensor_nodes(tissue)
     values |= {axis.name: nodes[:, j, None] for j, axis in enumerate(tissue)}
-    shape = (len(nodes), lattice[0].size)
+    shape = (len(nodes), grid[0].size)
     described = tissue_model.tissue(scan, {name: jnp.asarray(np.broadcast_to(value, shape)) for name, value in values.items()})
-    return Model(chain, tissue, _forward(scan, chain, described), prior)
+    upsampling = jnp.asarray(lattice.upsampling(n_points[0])), jnp.asarray(lattice.upsampling(n_points[1]))
+    return Model(chain, tissue, _forward(scan, chain, described, upsampling), prior)
 
 
 def tissue_axes(scan: Scan) -> tuple[Axis, ...]:
@@ -68,15 +68,16 @@ def _axis(name: str, span: Range) -> Axis:
     if name.endswith("_s") and span.lower > 0:  # relaxation times: log scale, more nodes for wider ranges
         octaves = np.log2(span.upper / span.lower)
         return Axis(name, span.lower, span.upper, n_nodes=3 if octaves < 0.7 else 4 if octaves < 2 else 5, logarithmic=True)
-    return Axis(name, span.lower, span.upper, n_nodes=3)
+    return Axis(name, span.lower, span.upper, n_nodes=3, order=1)
 
 
-def _forward(scan: Scan, chain: tuple[Axis, ...], tissue) -> Forward:
+def _forward(scan: Scan, chain: tuple[Axis, ...], tissue, upsampling) -> Forward:
     nodes = nuisance.tensor_nodes(chain)
     at = {axis.name: nodes[:, j] for j, axis in enumerate(chain)}
     carry, mz = scan.readout.carry_over, scan.first_state.mz
     return Forward(
         tissue=tissue,
+        upsampling=upsampling,
         train=tissue_model.train(scan),
         readout=tissue_model.readout(scan),
         carry_over=None if carry is None else jnp.asarray(at.get("carry_over", np.full(len(nodes), bounds(carry)[0]))),

@@ -49,3 +49,18 @@ PUBLISHED = Scan(
         b1rms_6min_ut=4.5,
     ),
 )
+
+WIDE = PUBLISHED.model_copy(
+    update={
+        "name": "larg-phantom-9.4T-wide",
+        "description": "L-arginine phantom, 9.4 T, 30 CW images at 3 ppm, with what its publishers' description leaves unsettled as ranges",
+        "readout": Readout(flip_deg=60.0, carry_over=Range(lower=-0.7, upper=0.1), offset=Range(lower=0.0, upper=0.1)),
+        "first_state": FirstState(mz=Range(lower=0.4, upper=1.0)),
+        "auxiliaries": {
+            "t1_s": Auxiliary(lower=1.4, upper=3.3, map_error_relative=0.03),
+            "t2_s": Auxiliary(lower=0.3, upper=2.5, map_error_relative=0.05),
+            "b0_ppm": Auxiliary(lower=-0.1, upper=0.1, map_error=0.02),
+            "b1_relative": Auxiliary(lower=0.9, upper=1.1, map_error_relative=0.03),
+        },
+    }
+)

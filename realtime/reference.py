@@ -6,7 +6,6 @@ number of voxels, known only with the first image, compiles nothing.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info, Prior
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
-from scansteer.core.nuisance import Knowledge
+from scansteer.core.nuisance import Measured
 from scansteer.core.signal import LongitudinalMap
 from scansteer.protocols import forward, tissue_model
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
@@ -130,7 +129,7 @@ class Reference:
 
     def _empty(self, weights: np.ndarray) -> Sums:
         n_groups, n_mixture, n_columns, _ = weights.shape
-        return likelihood.init(BLOCK, 1 if n_groups == 1 else BLOCK, n_mixture, n_columns, math.prod(self.model.prior.box.n_points))
+        return likelihood.init(BLOCK, 1 if n_groups == 1 else BLOCK, n_mixture, n_columns, self.model.prior.box.n_cells)
 
     def _warm_up(self) -> None:
         """Run everything once on made-up voxels, then forget them."""
@@ -156,13 +155,11 @@ def _blocks(values: np.ndarray, n_blocks: int) -> np.ndarray:
 
 def nuisance_columns(scan: Scan, axes: Sequence[nuisance.Axis], maps: dict[str, np.ndarray]) -> np.ndarray:
     """The linear maps from dictionary nodes to the likelihood's columns: (group, mixture, column, node), offset included."""
-    columns = nuisance.columns(axes, [_knowledge(scan, axis, maps.get(axis.name)) for axis in axes])
+    columns = nuisance.columns(axes, {name: Measured(values, _map_error(scan, name, values)) for name, values in maps.items()})
     lower, upper = bounds(scan.readout.offset)
     return nuisance.with_offset(columns, 0.5 * (lower + upper), (upper - lower) / 12**0.5)
 
 
-def _knowledge(scan: Scan, axis: nuisance.Axis, values: np.ndarray | None) -> Knowledge:
-    if values is None:
-        return nuisance.unmeasured(axis)
-    described = scan.auxiliaries[axis.name]  # type: ignore[index]
-    return nuisance.measured(axis, values, np.hypot(described.map_error, described.map_error_relative * values))
+def _map_error(scan: Scan, name: str, values: np.ndarray) -> np.ndarray:
+    described = scan.auxiliaries[name]  # type: ignore[index]
+    return np.hypot(described.map_error, described.map_error_relative * values)

@@ -1,0 +1,64 @@
+"""The lattice over the box of (f, k), and the few nodes at which signals are simulated.
+
+Both are even in the square root of the distance from the lower bound: signals bend most at small values, and there posteriors are
+narrow. In that coordinate signals are so smooth that a polynomial through 20 x 20 Chebyshev nodes meets them, on the built-in
+scans, to 3e-5 of M0 at worst (1e-6 rms), a hundredth of the noise of a good scan.
+"""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+N_NODES = 20
+"""Simulated nodes per parameter."""
+
+
+class Box(eqx.Module):
+    """The rectangle of (f, k) that the lattice spans, both edges included; positions count lattice steps from 0 to n - 1."""
+
+    lower: Float[Array, " 2"]
+    upper: Float[Array, " 2"]
+    n_points: tuple[int, int] = eqx.field(static=True)
+
+    @property
+    def n_cells(self) -> int:
+        return self.n_points[0] * self.n_points[1]
+
+    def value(self, axis: int, position: Float[Array, "..."]) -> Float[Array, "..."]:
+        """lower + (upper - lower) (x / (n - 1))^2"""
+        lower, upper = self.lower[axis].astype(position.dtype), self.upper[axis].astype(position.dtype)
+        return lower + (upper - lower) * jnp.square(position / (self.n_points[axis] - 1))
+
+    def slope(self, axis: int, position: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Derivative of `value` by the position."""
+        return (2 * (self.upper - self.lower)[axis] / (self.n_points[axis] - 1) ** 2).astype(position.dtype) * position
+
+    def position(self, axis: int, value: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Inverse of `value`, clipped to the box."""
+        lower, upper = self.lower[axis].astype(value.dtype), self.upper[axis].astype(value.dtype)
+        return (self.n_points[axis] - 1) * jnp.sqrt(jnp.clip((value - lower) / (upper - lower), 0.0, 1.0))
+
+
+def node_values(lower: float, upper: float) -> Float[np.ndarray, " node"]:
+    """Where one parameter is simulated."""
+    return lower + (upper - lower) * (0.5 * (_nodes() + 1)) ** 2
+
+
+def upsampling(n_points: int) -> Float[np.ndarray, "point node"]:
+    """From values at the nodes to values at the lattice points of one parameter, by the polynomial through the nodes."""
+    cheb = np.polynomial.chebyshev
+    basis = np.linalg.inv(cheb.chebvander(_nodes(), N_NODES - 1))
+    return cheb.chebvander(np.linspace(-1, 1, n_points), N_NODES - 1) @ basis
+
+
+def upsample(values: Float[Array, "*lead node_f_node_k"], along: tuple[Float[Array, "f node"], Float[Array, "k node"]]) -> Float[Array, "*lead cell"]:
+    """From simulated nodes to lattice cells, both flat and f-major."""
+    grid = values.reshape(*values.shape[:-1], N_NODES, N_NODES)
+    return jnp.einsum("fm,...mn,kn->...fk", along[0], grid, along[1]).reshape(*values.shape[:-1], -1)
+
+
+def _nodes() -> Float[np.ndarray, " node"]:
+    return -np.cos((2 * np.arange(N_NODES) + 1) * np.pi / (2 * N_NODES))
