@@ -77,6 +77,7 @@ log = logging.getLogger("scansteer.broker")
 VERSION = importlib.metadata.version("scansteer")
 
 _MAX_CLOSED_KEPT = 32
+_MAX_MAPS_WANTED = 16
 
 
 class Outgoing(NamedTuple):
@@ -123,6 +124,7 @@ class Attendance:
     closer: Requester | None = None
     controllers: dict[bytes, Controller] = field(default_factory=dict)
     commands: dict[str, PendingCommand] = field(default_factory=dict)
+    maps_wanted: set[Requester] = field(default_factory=set)
     last_heard: float = 0.0
     gap_asked_at: float = 0.0
 
@@ -281,8 +283,7 @@ class Broker:
             case GetDecision():
                 return self._get_decision(identity, message)
             case GetMaps():
-                self._session(message).make_maps(Requester(identity, message.request_id))
-                return []
+                return self._get_maps(identity, message)
             case Close():
                 return self._close(identity, message, frames, user)
         raise ProtocolError(
@@ -453,6 +454,16 @@ class Broker:
         last = session.decisions[-1]
         return [_to(identity, DecisionMessage(request_id=message.request_id, session_id=message.session_id, decision=last))]
 
+    def _get_maps(self, identity: bytes, message: GetMaps) -> list[Outgoing]:
+        session, requester = self._session(message), Requester(identity, message.request_id)
+        pending = self._attendance[message.session_id].maps_wanted
+        if requester not in pending:  # else it was asked again while it is being made
+            if len(pending) >= _MAX_MAPS_WANTED:
+                raise ProtocolError("busy", f"{len(pending)} requests for maps wait already; ask again later.")
+            pending.add(requester)
+            session.make_maps(requester)
+        return []
+
     def _close(self, identity: bytes, message: Close, frames: Sequence[Bytes], user: str) -> list[Outgoing]:
         session = self._session(message)
         if session.state == "closed":
@@ -480,11 +491,13 @@ class Broker:
                 session.warn(reason)
                 self.metrics.unusable += 1
                 return self._notify(attendance, Unusable(session_id=session_id, repetition=repetition, reason=reason[:1000]))
-            case MapsMade(requester=Requester(identity, request_id), n_images=n_images, arrays=arrays):
+            case MapsMade(requester=Requester(identity, request_id) as requester, n_images=n_images, arrays=arrays):
+                attendance.maps_wanted.discard(requester)
                 specs, bodies = encode_arrays(arrays)
                 maps = Maps(request_id=request_id, session_id=session_id, n_images=n_images, arrays=specs)
                 return [Outgoing(identity, encode(maps, bodies))]
-            case NotMade(requester=Requester(identity, request_id), reason=reason):
+            case NotMade(requester=Requester(identity, request_id) as requester, reason=reason):
+                attendance.maps_wanted.discard(requester)
                 return [self._refusal(identity, request_id, session_id, ProtocolError("not-ready", reason))]
             case Summarised(summary=summary):
                 closed = Closed(session_id=session_id, summary=summary)

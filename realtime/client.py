@@ -13,7 +13,7 @@ import uuid
 import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import ismrmrd
 import numpy as np
@@ -31,9 +31,12 @@ from scansteer.realtime.messages import (
     Closed,
     CommandAck,
     Control,
+    ControllerMode,
+    ControlName,
     Decision,
     DecisionAck,
     DecisionMessage,
+    DecisionOutcome,
     Done,
     GetDecision,
     GetMaps,
@@ -206,9 +209,11 @@ class Client:
 
     # Steering.
 
-    def subscribe(self, session_id: str, *, mode: str = "advice", reports_played: bool = False, last_decision: int = -1) -> None:
+    def subscribe(
+        self, session_id: str, *, mode: ControllerMode = "advice", reports_played: bool = False, last_decision: int = -1
+    ) -> None:
         """Take part as a controller (and say that one is still there); decisions after `last_decision` follow."""
-        message = Subscribe(session_id=session_id, mode=mode, reports_played=reports_played, last_decision=last_decision)  # type: ignore[arg-type]
+        message = Subscribe(session_id=session_id, mode=mode, reports_played=reports_played, last_decision=last_decision)
         self.ask(message, Done)
 
     def played(self, session_id: str, repetition: int, pulse: Pulse, *, next_pulse_in_ms: float | None = None) -> None:
@@ -216,25 +221,29 @@ class Client:
         exact = PlayedPulse(b1_ut=pulse.b1_ut, offset_ppm=pulse.offset_ppm, t_sat_s=pulse.t_sat_s, t_rec_s=pulse.t_rec_s)
         self.ask(Played(session_id=session_id, repetition=repetition, pulse=exact, next_pulse_in_ms=next_pulse_in_ms), Done)
 
-    def acknowledge(self, decision: Decision, outcome: str = "advice", reason: str = "") -> None:
+    def acknowledge(self, decision: Decision, outcome: DecisionOutcome = "advice", reason: str = "") -> None:
         """Say what was done with a decision: `obeyed`, `advice` (shown, not obeyed), `refused` or `expired`. Does not wait."""
         message = DecisionAck(
             session_id=decision.session_id,
             sequence_number=decision.sequence_number,
             outcome=outcome,
-            reason=reason,  # type: ignore[arg-type]
+            reason=reason,
         )
         self._send(encode(message), time.monotonic() + self.timeout_s)
 
-    def acknowledge_command(self, session_id: str, command_id: str, outcome: str = "done", reason: str = "") -> None:
+    def acknowledge_command(
+        self, session_id: str, command_id: str, outcome: Literal["done", "refused"] = "done", reason: str = ""
+    ) -> None:
         """Say what became of an operator's command: `done` or `refused`. Does not wait."""
-        message = CommandAck(session_id=session_id, command_id=command_id, outcome=outcome, reason=reason)  # type: ignore[arg-type]
+        message = CommandAck(session_id=session_id, command_id=command_id, outcome=outcome, reason=reason)
         self._send(encode(message), time.monotonic() + self.timeout_s)
 
-    def control(self, session_id: str, command: str, repetition: int | None = None, *, command_id: str | None = None) -> str:
+    def control(
+        self, session_id: str, command: ControlName, repetition: int | None = None, *, command_id: str | None = None
+    ) -> str:
         """The operator's hand: pause, resume, stop, abort, exclude (an image), advice. Returns the command's id."""
         name = command_id or uuid.uuid4().hex
-        self.ask(Control(session_id=session_id, command_id=name, command=command, repetition=repetition), Done)  # type: ignore[arg-type]
+        self.ask(Control(session_id=session_id, command_id=name, command=command, repetition=repetition), Done)
         return name
 
     # Asking.

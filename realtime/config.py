@@ -88,7 +88,7 @@ class GatewayConfig(Settings):
     endpoint: str = DEFAULT_ENDPOINT
     keys: Keys | None = None
     scan: str | None = None
-    """Name or file; what the peer's configuration names comes first, if it is a built-in name."""
+    """Name or file, for peers that name none."""
     scans_dir: Path | None = None
     """Folder whose `NAME.yaml` files a peer may choose by name; it never reads another file."""
     dialect: Literal["auto", "fire", "gadgetron"] = "auto"
@@ -108,14 +108,20 @@ class GatewayConfig(Settings):
     """Value of that counter in the first repetition (some reconstructions count from 1)."""
     n_slices: Annotated[int, Field(ge=1, le=1024)] | None = None
     """2-D images per repetition; none: as the MRD header's encoding limits say, else 1."""
-    unsaturated: Literal["as-scheduled", "first", "last", "none"] = "as-scheduled"
-    """Where the unsaturated image stands; see docs/connect-fire-openrecon.md."""
     dummies: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Images at the beginning that only pass."""
+    """Repetitions at the beginning that only pass; the schedule begins after them."""
+    n_auxiliary: Annotated[int, Field(ge=0, le=8192)] = 0
+    """Map and mask images that come before the first repetition; compilation waits for them."""
+    reorder_repetitions: Annotated[int, Field(ge=0, le=1000)] = 4
+    """A repetition that is missing when so many later ones have come is declared missing."""
     service_timeout_s: Seconds = 2.0
     finish_timeout_s: Seconds = 120.0
     """How long CLOSE may wait for the maps."""
     idle_timeout_s: Seconds = 3600.0
+    catch_up_s: Seconds = 3600.0
+    """How long images that the service has not taken yet are kept after their connection has ended."""
+    max_kept_bytes: Annotated[int, Field(ge=2**20)] = 2**31
+    """Per connection: images that the service has not taken yet, and images that the peer has not taken back yet."""
     limits: Limits = Limits()
 
 

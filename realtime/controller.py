@@ -21,9 +21,11 @@ from scansteer.realtime.messages import (
     Command,
     CommandAck,
     CommandName,
+    ControllerMode,
     Decision,
     DecisionAck,
     DecisionMessage,
+    DecisionOutcome,
     Played,
     PlayedPulse,
     Pulse,
@@ -78,7 +80,7 @@ class Controller:
         session_id: str,
         endpoint: str = DEFAULT_ENDPOINT,
         *,
-        mode: Literal["advice", "acting"] = "advice",
+        mode: ControllerMode = "advice",
         reports_played: bool = True,
         refuse: Callable[[SuggestedPulse], str | None] | None = None,
         on_command: Callable[[str], None] | None = None,
@@ -99,7 +101,7 @@ class Controller:
             Called from the library's thread as soon as the operator commands `pause`, `resume`, `stop` or `abort`.
         """
         self.session_id = session_id
-        self.mode: Literal["advice", "acting"] = mode
+        self.mode: ControllerMode = mode
         self._reports_played = reports_played or mode == "acting"
         self._refuse = refuse
         self._on_command = on_command
@@ -213,7 +215,7 @@ class Controller:
         self._answer(decision, "obeyed")
         return Advice("continue", decision.next_pulse, decision.reason, decision)
 
-    def _answer(self, decision: Decision, outcome: Literal["obeyed", "advice", "refused", "expired"], reason: str = "") -> None:
+    def _answer(self, decision: Decision, outcome: DecisionOutcome, reason: str = "") -> None:
         if decision.sequence_number > self._answered:
             self._answered = decision.sequence_number
             self._outbox.append(

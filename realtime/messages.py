@@ -205,11 +205,18 @@ class Played(SessionMessage):
     """From now to the first pulse of the next repetition; lets decisions say how much time is left."""
 
 
+ControllerMode = Literal["advice", "acting"]
+DecisionOutcome = Literal["obeyed", "advice", "refused", "expired"]
+ControlName = Literal["pause", "resume", "stop", "abort", "exclude", "advice"]
+CommandName = Literal["pause", "resume", "stop", "abort"]
+"""Those that go on to the controllers."""
+
+
 class Subscribe(SessionMessage):
     """A controller takes part; repeated as its heartbeat. The service answers with every decision after `last_decision`."""
 
     kind: Literal["subscribe"] = "subscribe"
-    mode: Literal["advice", "acting"] = "advice"
+    mode: ControllerMode = "advice"
     reports_played: bool = False
     """Images then wait for the report of what was played; always so when acting."""
     last_decision: Annotated[int, Field(ge=-1, le=2**53)] = -1
@@ -220,11 +227,8 @@ class DecisionAck(SessionMessage):
 
     kind: Literal["decision_ack"] = "decision_ack"
     sequence_number: Counter
-    outcome: Literal["obeyed", "advice", "refused", "expired"]
+    outcome: DecisionOutcome
     reason: Sentence = ""
-
-
-CommandName = Literal["pause", "resume", "stop", "abort"]
 
 
 class Control(SessionMessage):
@@ -234,7 +238,7 @@ class Control(SessionMessage):
     kind: Literal["control"] = "control"
     command_id: CommandId
     """A command sent twice is carried out once."""
-    command: Literal["pause", "resume", "stop", "abort", "exclude", "advice"]
+    command: ControlName
     repetition: Repetition | None = None
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from scansteer.realtime.client import Client, RefusedError
 from scansteer.realtime.controller import Controller
 from scansteer.realtime.messages import CommandOutcome, Decision, Pulse, SuggestedPulse
