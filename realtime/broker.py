@@ -163,7 +163,7 @@ class Broker:
         self._attendance: dict[str, Attendance] = {}
         self._dirty: set[str] = set()
         self._held: list[tuple[str, Outgoing]] = []
-        self._lock = _lock_folder(config)
+        self._lock: int | None = _lock_folder(config)
         self._recover()
 
     # The three entrances.
@@ -228,9 +228,12 @@ class Broker:
 
     def close(self) -> None:
         """Give the data folder free. Open sessions stay as their journals say, and go on when the service is started again."""
+        if self._lock is None:
+            return
         for session in self._sessions.values():
             session.release()
         os.close(self._lock)
+        self._lock = None
 
     @property
     def is_ready(self) -> bool:

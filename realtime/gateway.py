@@ -26,6 +26,7 @@ from scansteer.realtime.auth import is_loopback
 from scansteer.realtime.client import Client
 from scansteer.realtime.config import GatewayConfig
 from scansteer.realtime.images import HEADER_BYTES, parse_meta
+from scansteer.realtime.logs import log_to_stderr
 from scansteer.realtime.mrd_connection import (
     Dialect,
     MrdMessage,
@@ -450,7 +451,7 @@ def _unit(name: str) -> str:
     return "1/s" if name.startswith("k") else "fraction"
 
 
-def serve_gateway(config: GatewayConfig, *, on_started: Callable[[Gateway], None] | None = None) -> None:
+def serve(config: GatewayConfig, *, on_started: Callable[[Gateway], None] | None = None) -> None:
     """Run the gateway until SIGTERM or SIGINT.
 
     Raises
@@ -458,6 +459,7 @@ def serve_gateway(config: GatewayConfig, *, on_started: Callable[[Gateway], None
     InputError
         It cannot start as it is configured.
     """
+    log_to_stderr()
     gateway = Gateway(config)
     previous = [(number, signal.signal(number, lambda *_: gateway.stop())) for number in (signal.SIGTERM, signal.SIGINT)]
     try:

@@ -6,11 +6,9 @@ ROUTER for images, control and decisions; PUB for watchers; an inproc pair that 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +22,7 @@ from scansteer.realtime.broker import Broker, Outgoing
 from scansteer.realtime.client import milliseconds
 from scansteer.realtime.codec import MAX_ENVELOPE_BYTES
 from scansteer.realtime.config import ServeConfig
+from scansteer.realtime.logs import log_to_stderr
 from scansteer.realtime.sessions import purge_old
 from scansteer.realtime.worker import Event, MakeSession, Worker
 
@@ -212,6 +211,7 @@ def serve(config: ServeConfig, make: MakeSession, *, on_started: Callable[[Serve
     InputError, ScansteerError
         The service cannot start as it is configured.
     """
+    log_to_stderr()
     if config.retention_days is not None:
         purge_old(config.data_dir, config.retention_days)
     with Server(config, make) as server:
@@ -225,30 +225,6 @@ def serve(config: ServeConfig, make: MakeSession, *, on_started: Callable[[Serve
         finally:
             for number, handler in previous:
                 signal.signal(number, handler)
-
-
-class JsonLines(logging.Formatter):
-    """Structured logs: one JSON object a line. Names of sessions appear, nothing about a person does."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def log_to_stderr(level: int = logging.INFO) -> None:
-    """Structured logs on stderr, for `serve` and `gateway`."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logger = logging.getLogger("scansteer")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
 
 
 def _serve_http(broker: Broker, port: int) -> ThreadingHTTPServer:
