@@ -57,7 +57,7 @@ class Reference:
         self._state = self._initial_state()
         for index, block in enumerate(scan.schedule):
             self._map_of(block, first=index == 0)
-        self._n_voxels = 0
+        self._place = np.zeros((0, BLOCK), int)
         self._weights: list[jnp.ndarray] = []
         self._sums: list[Sums] = []
         self._warm_up()
@@ -66,41 +66,52 @@ class Reference:
     def prior(self) -> Prior:
         return self.model.prior
 
-    def begin(self, maps: dict[str, Float[np.ndarray, " voxel"]], n_voxels: int) -> None:
-        """Fix the region: the auxiliary values of its voxels, by name and in the scan's units.
+    def begin(self, maps: dict[str, Float[np.ndarray, " voxel"]], brightness: Float[np.ndarray, " voxel"]) -> None:
+        """Fix the region.
+
+        Parameters
+        ----------
+        maps
+            Auxiliary values of its voxels, by name and in the scan's units.
+        brightness
+            Their first image: voxels that share their nuisances are grouped into blocks of like amplitude.
 
         Raises
         ------
         InputError
             More voxels than memory allows.
         """
+        n_voxels = len(brightness)
         weights = nuisance_columns(self.scan, self.model.axes, {name: maps[name] for name in self._mapped})
         n_blocks = -(-n_voxels // BLOCK)
         block_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._empty(weights)))
         if n_blocks * block_bytes > MAX_BYTES:
-            most = BLOCK * (MAX_BYTES // block_bytes)
             raise InputError(
-                f"The region has {n_voxels} voxels, the reference posterior holds at most {most} of this scan; "
+                f"The region has {n_voxels} voxels, the reference posterior holds at most {BLOCK * (MAX_BYTES // block_bytes)} of this scan; "
                 "give a smaller region with --roi or a trained encoder with --encoder."
             )
-        self._n_voxels = n_voxels
-        self._weights = [jnp.asarray(block) for block in _blocks(weights, n_blocks)] if len(weights) > 1 else [jnp.asarray(weights)] * n_blocks
+        order = np.argsort(brightness, kind="stable")
+        self._place = np.concatenate([order, np.repeat(order[-1:], n_blocks * BLOCK - n_voxels)]).reshape(n_blocks, BLOCK)
+        self._weights = [jnp.asarray(weights if len(weights) == 1 else weights[place]) for place in self._place]
         self._sums = [self._empty(weights) for _ in range(n_blocks)]
 
     def absorb(self, signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate, block: SaturationBlock, *, first: bool) -> Info:
         """Play the block, absorb the image it led to, and infer; NumPy leaves over all voxels."""
         expected = self.play(block, first=first)
         noise_now = Noise(jnp.asarray(noise.sigma), jnp.asarray(noise.dof), self._discrepancy)
-        signals = _blocks(np.asarray(signal, float), len(self._sums))
 
         def one(index: int) -> Info:
-            self._sums[index], info = self._step(
-                self._sums[index], self._weights[index], expected, jnp.asarray(signals[index]), noise_now, self.model.prior
-            )
+            values = jnp.asarray(signal[self._place[index]], dtype=jnp.float64)
+            self._sums[index], info = self._step(self._sums[index], self._weights[index], expected, values, noise_now, self.model.prior)
             return jax.block_until_ready(info)
 
-        infos = list(self._pool.map(one, range(len(self._sums))))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: self._n_voxels], *infos)
+        return self._gathered(list(self._pool.map(one, range(len(self._sums)))), len(signal))
+
+    def _gathered(self, infos: list[Info], n_voxels: int) -> Info:
+        """Blocks back into the order of the voxels."""
+        where = np.empty(n_voxels, int)
+        where[self._place.reshape(-1)] = np.arange(self._place.size)
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[where], *infos)
 
     def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
         """Carry the magnetisation through one repetition, whether or not its image counts; the signals expected at every node."""
@@ -134,7 +145,7 @@ class Reference:
     def _warm_up(self) -> None:
         """Run everything once on made-up voxels, then forget them."""
         axes = {axis.name: axis for axis in self.model.axes}
-        self.begin({name: np.full(BLOCK + 1, axes[name].lower) for name in self._mapped}, BLOCK + 1)
+        self.begin({name: np.full(BLOCK + 1, axes[name].lower) for name in self._mapped}, np.full(BLOCK + 1, 100.0))
         state = self._state
         for number in range(2):
             self.absorb(np.full(BLOCK + 1, 100.0), NoiseEstimate(1.0, 1.0), self.scan.schedule[0], first=number == 0)
@@ -145,12 +156,6 @@ def _step(sums: Sums, weights, expected, signal, noise: Noise, prior: Prior) -> 
     columns = grid_posterior.expected_columns(weights, expected)
     sums = likelihood.update(sums, columns, signal)
     return sums, grid_posterior.infer(sums, noise, prior)
-
-
-def _blocks(values: np.ndarray, n_blocks: int) -> np.ndarray:
-    """(voxel, ..) as (block, BLOCK, ..), the last one padded with copies of the first voxel."""
-    padding = np.repeat(values[:1], n_blocks * BLOCK - len(values), axis=0)
-    return np.concatenate([values, padding]).reshape(n_blocks, BLOCK, *values.shape[1:])
 
 
 def nuisance_columns(scan: Scan, axes: Sequence[nuisance.Axis], maps: dict[str, np.ndarray]) -> np.ndarray:

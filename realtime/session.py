@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from scansteer.core import lack_of_fit, noise, stopping
 from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info
 from scansteer.protocols.scan import SaturationBlock, Scan
+from scansteer.realtime import maps as map_files
 from scansteer.realtime import roi
 from scansteer.realtime.images import Frame, Geometry, check_usable
 from scansteer.realtime.messages import (
@@ -62,10 +64,32 @@ class Voxels(NamedTuple):
     """Of each region's voxels among `index`."""
 
 
+class Files(NamedTuple):
+    """Region and maps that lie in NIfTI files; read when the first image says where its voxels are."""
+
+    roi: Path | None = None
+    maps: dict[str, Path] = {}  # noqa: RUF012 - never changed
+    """Role -> file; used where no such map came as an image."""
+
+    def check(self) -> None:
+        """
+        Raises
+        ------
+        InputError
+            Unknown role, or no such file.
+        """
+        for role in self.maps:
+            if role not in AUXILIARIES:
+                raise InputError(f"Unknown auxiliary map {role!r}; known are {', '.join(AUXILIARIES)}.")
+        for file in (self.roi, *self.maps.values()):
+            if file is not None and not file.is_file():
+                raise InputError(f"There is no file {file}.")
+
+
 class Session:
     """One scan of one subject."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, files: Files | None = None) -> None:
         """Compile everything and simulate the schedule: seconds.
 
         Raises
@@ -76,8 +100,10 @@ class Session:
         started = time.perf_counter()
         self.scan: Scan = setup.scan
         self._setup = setup
-        self._auxiliaries, self._opening_warnings = _in_scan_units(setup)
-        self._reference = Reference(self.scan, list(self._auxiliaries))
+        self._files = files or Files()
+        mapped, self._opening_warnings = _usable_roles(setup.scan, [*setup.auxiliaries, *self._files.maps])
+        self._roles = mapped
+        self._reference = Reference(self.scan, [AUXILIARIES[role] for role in mapped])
         targets = [parameter.target_halfwidth_relative for parameter in self.scan.parameters.values()]
         stop = self.scan.stop
         self._rule = stopping.Rule((targets[0], targets[1]), stop.fraction_converged, stop.n_min, stop.confirmations)
@@ -174,30 +200,39 @@ class Session:
             raise InputError(f"The images have matrix {frame.geometry.matrix}, scan {self.scan.name!r} expects {expected}; choose the right scan.")
         if not frame.geometry.is_oriented:
             warnings.append("The image header has no valid direction cosines; identity is assumed.")
-        maps = {name: values for name, values in self._auxiliaries.items()}
-        regions = self._regions(frame)
+        auxiliaries = self._auxiliary_frames(frame.geometry)
+        regions = self._regions(frame, auxiliaries)
         index = np.unique(np.concatenate([region.voxels for region in regions]))
         places = tuple(np.searchsorted(index, region.voxels) for region in regions)
         voxels = Voxels(frame.geometry, index, tuple(regions), places)
-        self._reference.begin({name: values.reshape(-1)[index] for name, values in maps.items()}, len(index))
-        warnings.extend(self._outside_range(maps, index))
+        maps = {
+            AUXILIARIES[role]: auxiliaries[role].pixels.reshape(-1)[index] * _to_scan_unit(role, self.scan.larmor_hz_per_ppm) for role in self._roles
+        }
+        self._reference.begin(maps, frame.pixels.reshape(-1)[index])
+        warnings.extend(self._outside_range(maps))
         self._voxels = voxels
         return voxels
 
-    def _regions(self, frame: Frame) -> list[Region]:
-        for role, auxiliary in self._setup.auxiliaries.items():
-            if (difference := frame.geometry.difference(auxiliary.geometry)) is not None:
+    def _auxiliary_frames(self, geometry: Geometry) -> dict[str, Frame]:
+        """All maps, those that came as images first, each on the images' voxels."""
+        frames = {role: map_files.from_file(role, file, geometry) for role, file in self._files.maps.items()} | self._setup.auxiliaries
+        for role, auxiliary in frames.items():
+            if (difference := geometry.difference(auxiliary.geometry)) is not None:
                 raise InputError(f"The {role} map does not match the images: {difference}; give a map of the same geometry.")
-        auxiliaries = {role: auxiliary.pixels for role, auxiliary in self._setup.auxiliaries.items()}
+        return frames
+
+    def _regions(self, frame: Frame, auxiliaries: dict[str, Frame]) -> list[Region]:
         if self._setup.region is not None:
             return roi.from_frame(self._setup.region, frame.geometry, self._setup.region_names)
-        return [roi.automatic(frame.pixels, auxiliaries)]
+        if self._files.roi is not None:
+            return roi.from_labels(self._files.roi, frame.geometry)
+        return [roi.automatic(frame.pixels, {role: auxiliary.pixels for role, auxiliary in auxiliaries.items()})]
 
-    def _outside_range(self, maps: dict[str, np.ndarray], index: np.ndarray) -> list[str]:
+    def _outside_range(self, maps: dict[str, np.ndarray]) -> list[str]:
         said = []
         for name, values in maps.items():
             span = self.scan.auxiliaries[name]  # type: ignore[index]
-            share = float(np.mean((values.reshape(-1)[index] < span.lower) | (values.reshape(-1)[index] > span.upper)))
+            share = float(np.mean((values < span.lower) | (values > span.upper)))
             if share > 0:
                 said.append(f"{share:.1%} of the region's {name} values lie outside {span.lower:g} .. {span.upper:g} and are clipped.")
         return said
@@ -283,16 +318,19 @@ def _finite(value: float | np.floating) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _in_scan_units(setup: Setup) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Auxiliary maps by the scan's names and in its units, and what could not be used."""
-    known: dict[str, np.ndarray] = {}
+def _usable_roles(scan: Scan, roles: list[str]) -> tuple[list[str], list[str]]:
+    """Roles of the maps that the scan can make use of, and a sentence on each of the others."""
+    usable: list[str] = []
     said: list[str] = []
-    for role, frame in setup.auxiliaries.items():
-        name = AUXILIARIES[role]
-        span = setup.scan.auxiliaries.get(name)  # type: ignore[call-overload]
+    for role in dict.fromkeys(roles):
+        span = scan.auxiliaries.get(AUXILIARIES[role])  # type: ignore[call-overload]
         if span is None or span.lower == span.upper:
-            said.append(f"The {role} map is not used: scan {setup.scan.name!r} gives no range for {name}.")
-            continue
-        factor = {"t1": 1e-3, "t2": 1e-3, "b0": 1 / setup.scan.larmor_hz_per_ppm}.get(role, 1.0)
-        known[name] = frame.pixels * factor
-    return known, said
+            said.append(f"The {role} map is not used: scan {scan.name!r} gives no range for {AUXILIARIES[role]}.")
+        else:
+            usable.append(role)
+    return usable, said
+
+
+def _to_scan_unit(role: str, larmor_hz_per_ppm: float) -> float:
+    """Factor from the unit in which a map travels (ms, Hz, relative) to that of the scan (s, ppm, relative)."""
+    return {"t1": 1e-3, "t2": 1e-3, "b0": 1 / larmor_hz_per_ppm}.get(role, 1.0)

@@ -1,0 +1,209 @@
+"""Replay a stored scan, image by image, as if it arrived from the scanner: in this process, or through a running service."""
+
+from __future__ import annotations
+
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from scansteer.core.errors import InputError, ScansteerError
+from scansteer.protocols.scan import Scan
+from scansteer.realtime import maps as map_files
+from scansteer.realtime import roi as roi_files
+from scansteer.realtime.client import Client
+from scansteer.realtime.images import Frame, Role, encode_frame
+from scansteer.realtime.messages import Decision
+from scansteer.realtime.outputs import DecisionLog, write_outputs
+from scansteer.realtime.session import Files, Session
+from scansteer.realtime.sources import Source, StoredImage, check_against, open_source
+from scansteer.realtime.worker import Setup
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may ask of a replay."""
+
+    images: int | None = None
+    """Only the first so many."""
+    maps_at: tuple[int, ...] = ()
+    stop: bool = False
+    """End where a stop is called."""
+    realtime: bool = False
+    connect: str | None = None
+    roi: Path | None = None
+    maps: dict[str, str] = field(default_factory=dict)
+    """Role -> NIfTI file."""
+    encoder: str | None = None
+    """File, `none`, or nothing: the shipped one."""
+
+
+class Runner(Protocol):
+    """Whoever turns images into decisions: a session here, or one at a service."""
+
+    def decide(self, image: StoredImage) -> Decision: ...
+    def maps(self) -> dict[str, np.ndarray]: ...
+    def finish(self) -> dict[str, Any]: ...
+
+
+class Here:
+    """A session in this process."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._session = Session(setup)
+
+    def decide(self, image: StoredImage) -> Decision:
+        try:
+            return self._session.absorb(image.frame, received_at=time.perf_counter())
+        except InputError:
+            self._session.absorb_missing(image.frame.repetition)
+            raise
+
+    def maps(self) -> dict[str, np.ndarray]:
+        return self._session.maps()
+
+    def finish(self) -> dict[str, Any]:
+        self._session.close()
+        return self._session.summary().model_dump(mode="json")
+
+
+class Remote:
+    """A session at a service that already runs."""
+
+    DECISION_TIMEOUT_S = 60.0
+
+    def __init__(self, setup: Setup, endpoint: str) -> None:
+        self._client = Client(endpoint)
+        side = dict(setup.auxiliaries) | ({"mask": setup.region} if setup.region is not None else {})
+        self._session_id = self._client.open(
+            setup.scan, setup.session_id, n_auxiliary=len(side), region_names=setup.region_names, use_encoder=setup.use_encoder
+        )
+        for role, frame in side.items():
+            self._client.send_image(self._session_id, encode_frame(replace(frame, role=role)), role=role)  # type: ignore[arg-type]
+        self._client.wait_ready(self._session_id)
+        self._client.subscribe(self._session_id)
+
+    def decide(self, image: StoredImage) -> Decision:
+        self._client.send_image(self._session_id, image.message)
+        decision = self._client.next_decision(self.DECISION_TIMEOUT_S)
+        if decision is None:
+            raise InputError(f"The service gave no decision on repetition {image.frame.repetition} within {self.DECISION_TIMEOUT_S:g} s.")
+        self._client.acknowledge(decision)
+        return decision
+
+    def maps(self) -> dict[str, np.ndarray]:
+        return self._client.maps(self._session_id)
+
+    def finish(self) -> dict[str, Any]:
+        summary = self._client.close_session(self._session_id)
+        self._client.disconnect()
+        return summary
+
+
+def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
+    """Replay a file and write everything into `out`; what came before a failure is written too.
+
+    Raises
+    ------
+    InputError
+        The file, the scan, the region or a map do not fit together; nothing was replayed.
+    ScansteerError
+        The file was cut off, or images could not be used; what could be is in `out`.
+    """
+    console = Console(stderr=True)
+    with open_source(path) as source, ExitStack() as stack:
+        warnings = [*check_against(source, scan), *source.warnings]
+        for warning in warnings:
+            console.print(f"[yellow]Warning:[/yellow] {warning}", highlight=False)
+        setup = _setup(source, scan, options)
+        log = stack.enter_context(DecisionLog(out / "decisions.jsonl"))
+        with console.status("compiling and simulating the schedule"):
+            runner: Runner = Here(setup) if options.connect is None else Remote(setup, options.connect)
+        troubles, maps_at = _stream(source, runner, scan, log, options, console)
+        maps = runner.maps() if log.decisions else {}
+        first = source.first()
+        summary = runner.finish() | {"warnings": warnings}
+        write_outputs(out, log.decisions, first.frame.geometry if first is not None else None, maps, summary, maps_at)
+    console.print(_farewell(summary, log.decisions, out), highlight=False)
+    if troubles:
+        raise ScansteerError(" ".join(troubles))
+
+
+def session_maker(roi: Path | None = None, maps: dict[str, str] | None = None, encoder: str | None = None) -> Callable[[Setup], Session]:
+    """How the service makes a session: with the region and the maps of its own command line, where a peer sends none."""
+    files = Files(roi, {role: Path(file) for role, file in (maps or {}).items()})
+    files.check()
+    return lambda setup: Session(replace(setup, use_encoder=setup.use_encoder and encoder != "none"), files)
+
+
+def _setup(source: Source, scan: Scan, options: Options) -> Setup:
+    """What the session is made from: maps of the file, then those of the command line; the region if one was drawn."""
+    first = source.first()
+    if first is None:
+        raise InputError(f"{source.path} holds no whole image.")
+    stored: dict[Role, Frame] = {image.frame.role: image.frame for image in source.auxiliaries()}
+    region, names = stored.pop("mask", None), ()
+    if options.roi is not None:
+        region, names = roi_files.labels_from_file(options.roi, first.frame.geometry)
+    given = {role: map_files.from_file(role, file, first.frame.geometry) for role, file in options.maps.items()}
+    return Setup(
+        session_id=f"replay-{uuid.uuid4().hex[:8]}",
+        scan=scan,
+        region=region,
+        region_names=tuple(names),
+        auxiliaries={**stored, **given},
+        use_encoder=options.encoder != "none",
+    )
+
+
+def _stream(
+    source: Source, runner: Runner, scan: Scan, log: DecisionLog, options: Options, console: Console
+) -> tuple[list[str], dict[int, dict[str, np.ndarray]]]:
+    """Give the images to the runner one by one; what went wrong, and the maps as they stood."""
+    troubles: list[str] = []
+    maps_at: dict[int, dict[str, np.ndarray]] = {}
+    total = min(options.images or source.n_images, source.n_images)
+    columns = (TextColumn("image"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    started = time.perf_counter()
+    due_s = 0.0
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=total)
+        try:
+            for image in source.images():
+                if image.frame.repetition >= (options.images or image.frame.repetition + 1):
+                    break
+                due_s += scan.schedule[min(image.frame.repetition, len(scan.schedule) - 1)].duration_s
+                if options.realtime:
+                    time.sleep(max(0.0, started + due_s - time.perf_counter()))
+                try:
+                    decision = runner.decide(image)
+                except InputError as error:
+                    if not log.decisions and not isinstance(runner, Remote) and image.frame.repetition == 0:
+                        raise
+                    troubles.append(str(error))
+                    continue
+                log.append(decision)
+                progress.update(task, advance=1, description=decision.action)
+                if decision.n_images in options.maps_at:
+                    maps_at[decision.n_images] = runner.maps()
+                if options.stop and decision.action == "stop":
+                    break
+        except ScansteerError as error:
+            if isinstance(error, InputError) and not log.decisions:
+                raise
+            troubles.append(str(error))
+    return troubles, maps_at
+
+
+def _farewell(summary: dict[str, Any], decisions: list[Decision], out: Path) -> str:
+    at = summary.get("would_stop_at")
+    said = f"a stop was first called at image {at}" if at is not None else "no stop was called"
+    return f"{len(decisions)} decisions, {said}; report: {out / 'report.html'}"
