@@ -63,6 +63,7 @@ class Source:
         self._close = close
         self._cut = index.cut
         self._maps = [entry for entry in index.entries if entry.role not in ("image", "other")]
+        self.warnings += [f"{path}: {entry.place} is lost with the end of the file." for entry in self._maps if not entry.is_whole]
         self._series = sorted(self._choose_series(index.entries), key=lambda entry: entry.key)
         if not self._series:
             cut = f" (it {index.cut})" if index.cut else ""
@@ -86,7 +87,6 @@ class Source:
         for entry in self._maps:
             stored = self._read_whole(entry)
             if stored is None:
-                self.warnings.append(f"{self.path}: {entry.place} is lost with the end of the file.")
                 continue
             if stored.frame.role != entry.role:
                 meta = {name: value for name, value in stored.frame.meta.items() if not name.endswith("DataRole")}

@@ -134,6 +134,15 @@ def test_a_cut_hdf5_file_gives_what_came_before_and_then_says_where_it_ends(tmp_
         assert 12 * share - 4 <= count < 12
 
 
+def test_maps_that_a_cut_took_are_named(tmp_path: Path) -> None:
+    path = write_hdf5(tmp_path / "scan.h5", {"image_0": [image(0, shape=(40, 50))], "T1": [image(1, shape=(40, 50))]})
+    path.write_bytes(path.read_bytes()[:-5000])
+    with open_source(path) as source:
+        assert list(source.auxiliaries()) == []
+        assert any("'T1' is lost with the end of the file" in warning for warning in source.warnings)
+        assert source.n_images == 1
+
+
 def test_an_hdf5_file_cut_off_before_its_images_is_refused(tmp_path: Path) -> None:
     path = write_hdf5(tmp_path / "scan.h5", {"image_0": [image(0)]})
     whole = path.read_bytes()
