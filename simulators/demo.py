@@ -22,7 +22,7 @@ from scansteer.protocols.scan import SaturationBlock, Scan, load
 from scansteer.realtime.client import Client
 from scansteer.realtime.controller import Controller
 from scansteer.realtime.images import image_message
-from scansteer.realtime.messages import Decision, DecisionMessage
+from scansteer.realtime.messages import Decision, DecisionMessage, SessionNotice, WireMessage
 from scansteer.realtime.outputs import DecisionLog, write_outputs
 from scansteer.realtime.report import stop_sentence
 from scansteer.simulators.controller import SequenceController
@@ -64,15 +64,16 @@ def run_demo(out: Path, console: Console | None = None, *, scan: Scan | None = N
         f"digital vials, {speed:g} times faster than that. The service compiles first."
     )
     with tempfile.TemporaryDirectory(prefix="scansteer-demo-") as folder, running_service(Path(folder)) as endpoint:
-        magnet = Magnet(three_vials(scan), scan)
+        phantom = three_vials(scan)
         with Client(endpoint, timeout_s=20.0) as client, DecisionLog(out / "decisions.jsonl") as log:
-            session_id = _open_session(client, scan, magnet.phantom, console)
+            session_id = _open_session(client, scan, phantom)
+            magnet = _wait_until_ready(client, session_id, scan, phantom, console)
             n_images = _scan(client, endpoint, session_id, scan, magnet, log, console, speed)
-            _take_decisions(client, log, n_images)
+            _take_decisions(client, session_id, log, n_images)
             maps = client.maps(session_id)
             summary = client.close_session(session_id)
-    write_outputs(out, log.decisions, magnet.phantom.geometry, maps, summary)
-    _say_what_came_out(console, out, scan, magnet.phantom, maps, log.decisions)
+    write_outputs(out, log.decisions, phantom.geometry, maps, summary)
+    _say_what_came_out(console, out, scan, phantom, maps, log.decisions)
     return log.decisions
 
 
@@ -117,16 +118,22 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _open_session(client: Client, scan: Scan, phantom: Phantom, console: Console) -> str:
-    """Open a session, send the vials as regions of interest, and wait until everything is compiled."""
+def _open_session(client: Client, scan: Scan, phantom: Phantom) -> str:
+    """Open a session with the vials as regions of interest; the service begins to compile."""
     session_id = client.open(scan, f"demo-{uuid.uuid4().hex[:8]}", n_auxiliary=1, region_names=VIALS)
     mask = image_message(phantom.labels.astype(np.uint16), phantom.geometry, meta={"DataRole": "Mask"})
     client.send_image(session_id, mask, role="mask")
+    return session_id
+
+
+def _wait_until_ready(client: Client, session_id: str, scan: Scan, phantom: Phantom, console: Console) -> Magnet:
+    """Compile the virtual scanner while the service compiles the session."""
     started = time.monotonic()
     with console.status("compiling and simulating the schedule"):
+        magnet = Magnet(phantom, scan)
         client.wait_ready(session_id, _READY_S)
     console.print(f"Ready after {time.monotonic() - started:.0f} s.")
-    return session_id
+    return magnet
 
 
 def _scan(
@@ -140,7 +147,6 @@ def _scan(
     speed: float,
 ) -> int:
     """Run the scan with a progress display; the number of images acquired."""
-    client.subscribe(session_id)
     columns = (TextColumn("image"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Controller(session_id, endpoint, mode="acting") as adviser, Progress(*columns, console=console) as progress:
         if not adviser.wait_connected(10.0):
@@ -148,7 +154,7 @@ def _scan(
         task = progress.add_task("", total=len(scan.schedule))
 
         def show(repetition: int, block: SaturationBlock) -> None:
-            _take_decisions(client, log)
+            _take_decisions(client, session_id, log)
             progress.update(task, completed=repetition + 1, description=_brief(log.decisions))
 
         n_images = run_scan(
@@ -163,18 +169,35 @@ def _scan(
     return n_images
 
 
-def _take_decisions(client: Client, log: DecisionLog, n_expected: int | None = None) -> None:
-    """Write down the decisions that have come; with a number, wait until that image's decision is among them."""
+def _take_decisions(client: Client, session_id: str, log: DecisionLog, n_expected: int | None = None) -> None:
+    """Write down the decisions that have come; with a number, wait until that image's decision is among them.
+
+    Subscribing again says that somebody still listens, and asks for what has been missed.
+
+    Raises
+    ------
+    ScansteerError
+        The session has failed.
+    """
     deadline = time.monotonic() + _DECISION_S
     while True:
-        waits = n_expected is not None and (not log.decisions or log.decisions[-1].n_images < n_expected)
-        message = client.receive(max(0.0, deadline - time.monotonic()) if waits else 0.0)
-        if message is None:
+        client.subscribe(session_id, last_decision=log.decisions[-1].sequence_number if log.decisions else -1)
+        while (message := client.receive()) is not None:
+            _note(message, client, log)
+        is_complete = n_expected is None or (log.decisions and log.decisions[-1].n_images >= n_expected)
+        if is_complete or time.monotonic() >= deadline:
             return
-        if isinstance(message, DecisionMessage):
-            client.acknowledge(message.decision)
-            if not log.decisions or message.decision.sequence_number > log.decisions[-1].sequence_number:
-                log.append(message.decision)
+        client.take_in(0.5)
+
+
+def _note(message: WireMessage, client: Client, log: DecisionLog) -> None:
+    if isinstance(message, SessionNotice) and message.state == "failed":
+        raise ScansteerError(f"The session failed: {message.reason}")
+    if not isinstance(message, DecisionMessage):
+        return
+    client.acknowledge(message.decision)
+    if not log.decisions or message.decision.sequence_number > log.decisions[-1].sequence_number:
+        log.append(message.decision)
 
 
 def _brief(decisions: list[Decision]) -> str:

@@ -99,6 +99,7 @@ class Magnet:
         self._reading = eqx.filter_jit(signal.readout_map)(self._tissue, tissue_model.readout(scan))
         self._offset = tissue_model.centre(scan.readout.offset)
         self._mz = signal.equilibrium(self._tissue) * tissue_model.centre(scan.first_state.mz)
+        self._map_of(scan.schedule[0])  # compiles
         self._n_played = 0
         for _ in range(scan.first_state.n_dummies):
             self._read(scan.schedule[0])
@@ -118,11 +119,14 @@ class Magnet:
         """What each vial's water gives per unit amplitude; the first block of all has no recovery before it."""
         if self._n_played == 0:
             block = block.model_copy(update={"t_rec_s": 0.0})
-        self._mz = self._block_map(self._tissue, tissue_model.saturation(self._scan, block), self._train)(self._mz)
+        self._mz = self._map_of(block)(self._mz)
         read = np.asarray(self._reading.signal(self._mz))
         self._mz = self._reading.leave(self._mz)
         self._n_played += 1
         return read
+
+    def _map_of(self, block: SaturationBlock) -> signal.LongitudinalMap:
+        return self._block_map(self._tissue, tissue_model.saturation(self._scan, block), self._train)
 
 
 def _labels(matrix: tuple[int, int, int]) -> np.ndarray:
