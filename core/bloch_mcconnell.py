@@ -15,6 +15,7 @@ import operator
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -58,18 +59,32 @@ def _sum(terms):
 
 def then(first: Affine, second: Affine) -> Affine:
     """The map that applies `first`, then `second`."""
-    return Affine(multiply(second.matrix, first.matrix), second(first.shift))
+    return _once(lambda first, second: Affine(multiply(second.matrix, first.matrix), second(first.shift)), first, second)
+
+
+def _once(function, *operands):
+    """`function(*operands)` behind a branch that XLA cannot see through: neither side is fused into the other.
+
+    The branch not taken returns the NaN that it was taken for. (`lax.optimization_barrier` is gone before the CPU compiler fuses.)
+    """
+    broken = jnp.isnan(jax.tree.leaves(operands)[-1].reshape(-1)[0])
+    result = jax.eval_shape(function, *operands)
+    fail = lambda *_: jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), result)  # noqa: E731
+    return lax.cond(broken, fail, function, *operands)
+
+
+def chain(first: Affine, *rest: Affine) -> Affine:
+    """The map that applies `first`, then each of the others."""
+    return functools.reduce(then, rest, first)
 
 
 def power(step: Affine, exponent: int) -> Affine:
     """`step` applied `exponent` times (at least once), by repeated squaring."""
-
-    def one_bit(result, bit):
-        square = then(result, result)
-        return lax.cond(bit, lambda map: then(map, step), lambda map: map, square), None
-
-    bits = [digit == "1" for digit in bin(exponent)[3:]]
-    return lax.scan(one_bit, step, jnp.asarray(bits))[0] if bits else step
+    result = step
+    for bit in bin(exponent)[3:]:
+        result = then(result, result)
+        result = then(result, step) if bit == "1" else result
+    return result
 
 
 def is_transverse(pool: Pool) -> bool:
@@ -112,42 +127,51 @@ def generator(tissue: Tissue, w1, offset, phase=0.0) -> tuple[Float[Array, "row 
         RF phase in this frame [rad].
     """
     shape = jnp.broadcast_shapes(cell_shape(tissue), jnp.shape(w1), jnp.shape(offset), jnp.shape(phase))
-    full = lambda value: jnp.broadcast_to(jnp.asarray(value, _dtype(tissue)), shape)  # noqa: E731
     n, pools = n_transverse(tissue), tissue.pools
-    size = 2 * n + 1 + len(pools)
-    zero = jnp.zeros(shape, _dtype(tissue))
-    a = [[zero] * size for _ in range(size)]
-    seen = full(offset - 2 * math.pi * tissue.b0_hz)
-    cosine, sine = full(w1 * jnp.cos(phase)), full(w1 * jnp.sin(phase))
-    z_water, outflow = 2 * n, full(sum(pool.k * pool.f for pool in pools) if pools else 0.0)
-    transverse_outflow = full(sum((pool.k * pool.f for pool in pools if is_transverse(pool)), start=jnp.zeros(())))
-    _spin(a, 0, n, z_water, seen, full(1 / tissue.t2) + transverse_outflow, cosine, sine)
-    a[z_water][z_water] = -(full(1 / tissue.t1) + outflow)
-    index = 0
-    for number, pool in enumerate(pools, start=1):
-        z = z_water + number
-        back, forth = full(pool.k), full(pool.k * pool.f)
+    z_water = 2 * n
+    seen = offset - 2 * math.pi * tissue.b0_hz
+    water = [(0, n, z_water)]
+    terms = [
+        *_precession(0, n, seen, 1 / tissue.t2),
+        (-1 / tissue.t1, [(z_water, z_water, 1)]),
+    ]
+    turned = list(water)
+    for z, pool in enumerate(pools, start=z_water + 1):
+        difference = seen - 2 * math.pi * pool.offset_hz
         pairs = [(z_water, z)]
-        a[z][z] = -(full(1 / pool.t1) + back)
-        difference = seen - full(2 * math.pi * pool.offset_hz)
+        decay = 1 / pool.t1
         if is_transverse(pool):
-            index += 1
-            _spin(a, index, n + index, z, difference, full(1 / pool.t2) + back, cosine, sine)
-            pairs += [(0, index), (n, n + index)]
+            x = len(turned)
+            turned.append((x, n + x, z))
+            terms += _precession(x, n + x, difference, 1 / pool.t2)
+            pairs += [(0, x), (n, n + x)]
         else:
-            a[z][z] = a[z][z] - full(w1) ** 2 * absorption(pool, difference)
-        for water, other in pairs:
-            a[water][other], a[other][water] = back, forth
-    rates = [full(1 / tissue.t1), *(full(pool.f / pool.t1) for pool in pools)]
-    return jnp.stack([jnp.stack(row) for row in a]), jnp.stack([zero] * 2 * n + rates)
+            decay = decay + w1**2 * absorption(pool, difference)
+        terms.append((-decay, [(z, z, 1)]))
+        terms.append((pool.k, [entry for one, other in pairs for entry in ((one, other, 1), (other, other, -1))]))
+        terms.append((pool.k * pool.f, [entry for one, other in pairs for entry in ((other, one, 1), (one, one, -1))]))
+    terms.append((w1 * jnp.cos(phase), [entry for _, y, z in turned for entry in ((y, z, 1), (z, y, -1))]))
+    if not (isinstance(phase, float) and phase == 0.0):
+        terms.append((w1 * jnp.sin(phase), [entry for x, _, z in turned for entry in ((x, z, -1), (z, x, 1))]))
+    source = [(1 / tissue.t1, [(z_water, 0, 1)])]
+    source += [(pool.f / pool.t1, [(z, 0, 1)]) for z, pool in enumerate(pools, start=z_water + 1)]
+    size = z_water + 1 + len(pools)
+    return _assemble(terms, (size, size), shape), _assemble(source, (size, 1), shape)[:, 0]
 
 
-def _spin(a, x: int, y: int, z: int, offset, decay, cosine, sine) -> None:
-    """Enter one pool's own precession, nutation and transverse decay."""
-    a[x][x] = a[y][y] = -decay
-    a[x][y], a[y][x] = offset, -offset
-    a[y][z], a[z][y] = cosine, -cosine
-    a[x][z], a[z][x] = -sine, sine
+def _precession(x: int, y: int, offset, decay) -> list:
+    return [(offset, [(x, y, 1), (y, x, -1)]), (-decay, [(x, x, 1), (y, y, 1)])]
+
+
+def _assemble(terms, size: tuple[int, int], shape: tuple[int, ...]) -> Float[Array, "row column *cell"]:
+    """Matrix of `size` per cell from terms (value, [(row, column, sign), ..]), as one product of patterns and values."""
+    patterns = np.zeros((*size, len(terms)))
+    for number, (_, places) in enumerate(terms):
+        for row, column, sign in places:
+            patterns[row, column, number] += sign
+    values = jnp.stack([jnp.broadcast_to(value, shape).reshape(-1) for value, _ in terms])
+    flat = jnp.dot(patterns.reshape(-1, len(terms)), values, precision=lax.Precision.HIGHEST)
+    return flat.reshape(size + shape)
 
 
 def absorption(pool: Pool, offset) -> Float[Array, "..."]:
@@ -163,42 +187,67 @@ def propagate(a: Float[Array, "row row *cell"], b: Float[Array, "row *cell"], du
     [exp(A t) | integral of exp(A s) b] by scaling and squaring of a Taylor polynomial of degree 16 in the form of Paterson and
     Stockmeyer. The number of squarings follows the largest 1-norm of the batch: pass cells in batches that stay in a core's cache.
     """
-    scaled = jnp.concatenate([a, b[:, None]], axis=1) * duration
-    norm = jnp.max(jnp.sum(jnp.abs(scaled), axis=0))
-    squarings = jnp.ceil(jnp.log2(jnp.maximum(norm, 1.0))).astype(int)
-    step = _taylor(scaled * jnp.exp2(-squarings.astype(scaled.dtype)))
-
-    def square(step, number):
-        return lax.cond(number < squarings, lambda map: _compose(map, map, 1.0), lambda map: map, step), None
-
-    step, _ = lax.scan(square, step, jnp.arange(MAX_SQUARINGS))
-    step = jnp.where(squarings <= MAX_SQUARINGS, step, jnp.nan)
+    step = _exponential(jnp.concatenate([a, b[:, None]], axis=1) * duration)
     return Affine(step[:, :-1], step[:, -1])
+
+
+@jax.custom_jvp
+def _exponential(x):
+    """[exp(A) | integral of exp(A s) b over 0..1] of [A | b]."""
+    scaled, squarings = _scaled(x)
+    step = lax.fori_loop(0, squarings, lambda _, map: _compose(map, map, 1.0), _taylor(scaled))
+    return jnp.where(squarings <= MAX_SQUARINGS, step, jnp.nan)
+
+
+@_exponential.defjvp
+def _exponential_jvp(primals, tangents):
+    """By differentiating a loop of fixed length, which unlike the one above can be run backwards."""
+
+    def fixed_length(x):
+        scaled, squarings = _scaled(x)
+
+        def square(step, number):
+            return lax.cond(number < squarings, lambda map: _compose(map, map, 1.0), lambda map: map, step), None
+
+        step, _ = lax.scan(square, _taylor(scaled), jnp.arange(MAX_SQUARINGS))
+        return jnp.where(squarings <= MAX_SQUARINGS, step, jnp.nan)
+
+    return jax.jvp(fixed_length, primals, tangents)
+
+
+def _scaled(x):
+    """x / 2^n of norm below 1, and n."""
+    norm = lax.stop_gradient(jnp.max(jnp.sum(jnp.abs(x), axis=0)))
+    squarings = jnp.ceil(jnp.log2(jnp.maximum(norm, 1.0))).astype(int)
+    return x * jnp.exp2(-squarings.astype(x.dtype)), squarings
 
 
 def _compose(left, right, corner):
     """Product of two maps stored as [matrix | shift]; below them `left` has the row [0 | 0 or 1], `right` [0 | corner]."""
-    last = jnp.zeros(right.shape[1], left.dtype).at[-1].set(corner).reshape((1, -1) + (1,) * (left.ndim - 2))
-    return multiply(left[:, :-1], right) + left[:, -1:] * last
+    last = np.eye(right.shape[1])[-1].reshape((1, -1) + (1,) * (left.ndim - 2))
+    return multiply(left[:, :-1], right) + left[:, -1:] * (corner * last)
 
 
 def _taylor(x):
     """sum_k X^k / k!, k <= 16, of X = [A | b] with a bottom row of zeros; Paterson-Stockmeyer in blocks of four powers."""
-    one = jnp.eye(x.shape[0], x.shape[1], dtype=x.dtype).reshape(x.shape[:2] + (1,) * (x.ndim - 2))
+    one = np.eye(*x.shape[:2]).reshape(x.shape[:2] + (1,) * (x.ndim - 2))
+    factor = [1 / math.factorial(k) for k in range(DEGREE + 1)]
+    product = functools.partial(_compose, corner=0.0)
+    x2 = _once(product, x, x)
+    x3, x4 = _once(product, x2, x), _once(product, x2, x2)
 
-    def raise_power(power, _):
-        power = _compose(power, x, 0.0)
-        return power, power
+    def block(k, x, x2, x3):
+        return factor[k] * one + factor[k + 1] * x + factor[k + 2] * x2 + factor[k + 3] * x3
 
-    x4, (x2, x3, _) = lax.scan(raise_power, x, None, length=3)
-    block = lambda c: c[0] * one + c[1] * x + c[2] * x2 + c[3] * x3  # noqa: E731
+    result = _once(lambda x, x2, x3, x4: block(12, x, x2, x3) + factor[16] * x4, x, x2, x3, x4)
+    for k in (8, 4, 0):
+        step = functools.partial(_horner, block=functools.partial(block, k), corner=factor[k + 4])
+        result = _once(step, x, x2, x3, x4, result)
+    return result
 
-    def horner(result, coefficients):
-        return _compose(x4, result, coefficients[4]) + block(coefficients), None
 
-    factors = [1 / math.factorial(k) for k in range(DEGREE + 1)]
-    table = jnp.asarray([factors[k : k + 5] for k in (8, 4, 0)], x.dtype)
-    return lax.scan(horner, block(factors[12:16]) + factors[16] * x4, table)[0]
+def _horner(x, x2, x3, x4, result, block, corner):
+    return _compose(x4, result, corner) + block(x, x2, x3)
 
 
 def identity(size: int, shape: tuple[int, ...]) -> Affine:
@@ -210,8 +259,7 @@ def identity(size: int, shape: tuple[int, ...]) -> Affine:
 def free(tissue: Tissue, duration, offset=0.0) -> Affine:
     """Free precession over `duration` [s] in a frame at `offset` [rad/s] from the nominal water frequency."""
     n, shape = n_transverse(tissue), cell_shape(tissue)
-    a, _ = generator(tissue, 0.0, offset)
-    transverse = propagate(a[: 2 * n, : 2 * n], jnp.zeros((2 * n, *shape)), duration).matrix
+    transverse = _free_transverse(tissue, duration, offset)
     longitudinal = free_longitudinal(tissue, duration)
     count = longitudinal.shift.shape[0]
     upper = jnp.concatenate([transverse, jnp.zeros((2 * n, count, *shape))], axis=1)
@@ -220,22 +268,53 @@ def free(tissue: Tissue, duration, offset=0.0) -> Affine:
     return Affine(jnp.concatenate([upper, lower]), shift)
 
 
-def turned(tissue: Tissue, pulse: Affine, angle) -> Affine:
-    """`pulse` between an instantaneous turn of all x-y-z pools by `angle` [rad] from z towards x, and its reverse.
+def _free_transverse(tissue, duration, offset) -> Float[Array, "row row *cell"]:
+    """exp(A t) of the transverse components; of the complex 2 x 2 matrix of Mx + i My in closed form, else by `propagate`."""
+    n, shape = n_transverse(tissue), cell_shape(tissue)
+    if n > 2:
+        a, _ = generator(tissue, 0.0, offset)
+        return propagate(a[: 2 * n, : 2 * n], jnp.zeros((2 * n, *shape)), duration).matrix
+    (water, *rest), into, from_ = _complex_rates(tissue, duration, offset, shape)
+    if not rest:
+        entries = [[jnp.exp(water)]]
+    else:
+        mean, half = 0.5 * (water + rest[0]), 0.5 * (water - rest[0])
+        square = half**2 + into * from_
+        root = jnp.sqrt(jnp.where(jnp.abs(square) < 1e-12, 1e-12, square))
+        plus, minus = jnp.exp(mean + root), jnp.exp(mean - root)
+        even, odd = 0.5 * (plus + minus), 0.5 * (plus - minus) / root
+        entries = [[even + half * odd, from_ * odd], [into * odd, even - half * odd]]
+    real = [jnp.concatenate([jnp.stack([e.real for e in row]), jnp.stack([-e.imag for e in row])]) for row in entries]
+    imaginary = [jnp.concatenate([jnp.stack([e.imag for e in row]), jnp.stack([e.real for e in row])]) for row in entries]
+    return jnp.stack([*real, *imaginary])
+
+
+def _complex_rates(tissue, duration, offset, shape):
+    """Diagonal and exchange entries of the generator of Mx + i My, times the duration."""
+    full = lambda value: jnp.broadcast_to(value * duration, shape)  # noqa: E731
+    seen = offset - 2 * math.pi * tissue.b0_hz
+    pools = [pool for pool in tissue.pools if is_transverse(pool)]
+    out = sum((pool.k * pool.f for pool in pools), start=0.0 * tissue.t2)
+    diagonal = [lax.complex(full(-1 / tissue.t2 - out), full(-seen))]
+    diagonal += [lax.complex(full(-1 / pool.t2 - pool.k), full(2 * math.pi * pool.offset_hz - seen)) for pool in pools]
+    into, from_ = (full(pools[0].k * pools[0].f), full(pools[0].k)) if pools else (None, None)
+    return diagonal, into, from_
+
+
+def turn(tissue: Tissue, angle) -> Affine:
+    """Instantaneous turn of all x-y-z pools by `angle` [rad] from z towards x.
 
     A positive angle lays Mz along the effective field of RF above resonance, phase 0.
     """
-    n = n_transverse(tissue)
+    n, shape = n_transverse(tissue), cell_shape(tissue)
+    size = 2 * n + 1 + len(tissue.pools)
     z = [2 * n, *(2 * n + i for i, pool in enumerate(tissue.pools, start=1) if is_transverse(pool))]
-    x = list(range(n))
-    cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    matrix = pulse.matrix
-    columns = (matrix[:, x] * cosine - matrix[:, z] * sine, matrix[:, x] * sine + matrix[:, z] * cosine)
-    matrix = matrix.at[:, jnp.asarray(x)].set(columns[0]).at[:, jnp.asarray(z)].set(columns[1])
-    full = jnp.concatenate([matrix, pulse.shift[:, None]], axis=1)
-    rows = (full[jnp.asarray(x)] * cosine - full[jnp.asarray(z)] * sine, full[jnp.asarray(x)] * sine + full[jnp.asarray(z)] * cosine)
-    full = full.at[jnp.asarray(x)].set(rows[0]).at[jnp.asarray(z)].set(rows[1])
-    return Affine(full[:, :-1], full[:, -1])
+    cosine = [(row, row, 1) for pair in enumerate(z) for row in pair]
+    sine = [entry for x, row in enumerate(z) for entry in ((x, row, 1), (row, x, -1))]
+    rest = [(row, row, 1) for row in range(n, size) if row not in z]
+    turned = _once(lambda angle: (jnp.cos(angle), jnp.sin(angle)), angle)
+    terms = [(turned[0], cosine), (turned[1], sine), (1.0, rest)]
+    return Affine(_assemble(terms, (size, size), shape), jnp.zeros((size, *shape)))
 
 
 def free_longitudinal(tissue: Tissue, duration) -> Affine:

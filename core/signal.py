@@ -184,25 +184,26 @@ def _saturation_in_general(tissue, saturation, train) -> bm.Affine:
 def _train(tissue, saturation, train) -> bm.Affine:
     """Pulses with free precession between them, as one map of the full state."""
     n = train.n_pulses
-    if n == 1:
-        return _pulse(tissue, saturation, train, saturation.t_sat)
     length = saturation.t_sat / (n + (n - 1) * (1 / train.duty_cycle - 1))
     pulse = _pulse(tissue, saturation, train, length)
+    tip = back = ()
+    if train.spin_lock:
+        offset = 2 * math.pi * saturation.offset_hz
+        angle = jnp.arctan2(GAMMA * saturation.b1, jnp.abs(offset)) * jnp.where(offset < 0, -1.0, 1.0) * tissue.b1
+        tip, back = (bm.turn(tissue, angle),), (bm.turn(tissue, -angle),)
+    if n == 1:
+        return bm.chain(*tip, pulse, *back)
     # the frame follows the RF during pulses and water's nominal frequency between them: the next pulse continues the phase
     free = bm.free(tissue, (saturation.t_sat - n * length) / (n - 1))
-    return bm.then(bm.power(bm.then(pulse, free), n - 1), pulse)
+    step = bm.power(bm.chain(*tip, pulse, *back, free), n - 1)
+    return bm.chain(step, *tip, pulse, *back)
 
 
 def _pulse(tissue, saturation, train, length) -> bm.Affine:
     w1, offset = GAMMA * saturation.b1 * tissue.b1, 2 * math.pi * saturation.offset_hz
     if train.shape == "gauss":
-        lock = _gauss(tissue, w1, offset, length)
-    else:
-        lock = bm.propagate(*bm.generator(tissue, w1, offset), length)
-    if not train.spin_lock:
-        return lock
-    tip = jnp.arctan2(GAMMA * saturation.b1, jnp.abs(offset)) * jnp.where(offset < 0, -1.0, 1.0) * tissue.b1
-    return bm.turned(tissue, lock, tip)
+        return _gauss(tissue, w1, offset, length)
+    return bm.propagate(*bm.generator(tissue, w1, offset), length)
 
 
 def _gauss(tissue, w1, offset, length) -> bm.Affine:
