@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from scansteer.core import bloch_mcconnell as bm
 from scansteer.core import two_pool
+from scansteer.core.chunks import mapped
 from scansteer.core.saturation import Saturation, Train
 from scansteer.core.tissue import Tissue
 
@@ -178,7 +179,7 @@ def _saturation_in_general(tissue, saturation, train) -> bm.Affine:
         played = _train(tissue, saturation, train)
         return bm.Affine(played.matrix[2 * n :, 2 * n :], played.shift[2 * n :])
 
-    return _mapped(longitudinal, tissue, CACHED_CELLS)
+    return mapped(longitudinal, tissue, CACHED_CELLS)
 
 
 def _train(tissue, saturation, train) -> bm.Affine:
@@ -253,23 +254,5 @@ def _in_chunks(function, tissue: Tissue, scalars=None, vectors=None):
 
     per_cell = jax.tree.map(flat, (tissue, scalars))
     cells = (*per_cell, jax.tree.map(lambda leaf: flat(leaf, leaf.shape[:1]), vectors))
-    result = _mapped(lambda cells: jax.checkpoint(function)(*cells), cells, CHUNK)
+    result = mapped(lambda cells: jax.checkpoint(function)(*cells), cells, CHUNK)
     return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[:-1] + shape), result)
-
-
-def _mapped(function, cells, at_most: int):
-    """`function` over slices of the last axis, which must be pure in it, of about `at_most` cells; one after the other."""
-    count = jax.tree.leaves(cells)[0].shape[-1]
-    n_slices = -(-count // at_most)
-    size = -(-count // n_slices)
-
-    def split(leaf):
-        rest = jnp.broadcast_to(leaf[..., -1:], (*leaf.shape[:-1], n_slices * size - count))
-        padded = jnp.concatenate([leaf, rest], axis=-1)
-        return jnp.moveaxis(padded.reshape((*leaf.shape[:-1], n_slices, size)), -2, 0)
-
-    def join(leaf):
-        leaf = jnp.moveaxis(leaf, 0, -2)
-        return leaf.reshape((*leaf.shape[:-2], n_slices * size))[..., :count]
-
-    return function(cells) if n_slices == 1 else jax.tree.map(join, lax.map(function, jax.tree.map(split, cells)))
