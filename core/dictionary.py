@@ -11,7 +11,6 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scansteer.core import lattice
 from scansteer.core import signal as spin
 from scansteer.core.saturation import Saturation, Train
 from scansteer.core.tissue import Tissue
@@ -22,8 +21,6 @@ class Forward(eqx.Module):
 
     tissue: Tissue
     """Leaves broadcast to (tissue node, simulated node of (f, k))."""
-    upsampling: tuple[Float[Array, "f node"], Float[Array, "k node"]]
-    """From the simulated nodes of f and of k to the lattice (core.lattice)."""
     train: Train
     readout: spin.Readout
     """Its `carry_over` is ignored where `carry_over` below is given."""
@@ -57,7 +54,7 @@ def reading(forward: Forward) -> spin.ReadoutMap:
 
 def play(
     forward: Forward, read: spin.ReadoutMap, state: Magnetisation, block: spin.LongitudinalMap
-) -> tuple[Magnetisation, Float[Array, "node cell"]]:
+) -> tuple[Magnetisation, Float[Array, "node point"]]:
     """Play one block and read it.
 
     The new state, and the signals per unit amplitude at every (chain x tissue) node; the last node reads 1 always, for an additive offset.
@@ -69,5 +66,4 @@ def play(
     else:
         left = forward.carry_over[:, None, None] * mz
     nodes = signal.reshape(-1, signal.shape[-1])
-    cells = lattice.upsample(nodes, forward.upsampling)
-    return Magnetisation(left), jnp.concatenate([cells, jnp.ones_like(cells[:1])])
+    return Magnetisation(left), jnp.concatenate([nodes, jnp.ones_like(nodes[:1])])

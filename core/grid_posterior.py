@@ -10,7 +10,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scansteer.core import likelihood, region
+from scansteer.core import lattice, likelihood, region
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.lattice import Box
 from scansteer.core.region import Summary
@@ -53,18 +53,17 @@ def make_prior(lower: Float[Array, " 2"], upper: Float[Array, " 2"], n_points: t
     return Prior(box, (density(0), density(1)))
 
 
-def expected_columns(weights: Float[Array, "group mixture column node"], signals: Float[Array, "node cell"]) -> Array:
-    """The likelihood's columns (column, group, mixture, cell) from the dictionary's signals of one image."""
-    return jnp.einsum("gmcn,nx->cgmx", weights, signals)
+def expected_columns(weights: Float[Array, "mixture column node"], signals: Float[Array, "node point"], box: Box) -> Array:
+    """The likelihood's columns (column, mixture, cell) on the lattice, from the dictionary's signals of one image."""
+    return lattice.upsample(jnp.einsum("mcn,nx->cmx", weights, signals), box.n_points)
 
 
-def infer(sums: Sums, noise: Noise, prior: Prior) -> Info:
-    """The posterior of every voxel of a block."""
-    fit = likelihood.fit(sums, noise)
-    log_posterior = fit.log_likelihood + prior.on_cells()
-    shape = (-1, *prior.box.n_points)
-    summary = region.summarise(log_posterior.reshape(shape), prior.log_density, prior.box)
-    at_map = prior.box.position(0, summary.map[:, :1]), prior.box.position(1, summary.map[:, 1:])
-    residual, amplitude = (region.interpolate(field.reshape(shape), at_map)[:, 0, 0] for field in (fit.residual, fit.amplitude))
+def infer(sums: Sums, noise: Noise, prior: Prior, shift: Float[Array, "nuisance voxel"] | None = None) -> Info:
+    """The posterior of every voxel of a block; `shift` as in `likelihood.fit`."""
+    fit = likelihood.fit(sums, noise, shift)
+    log_posterior = fit.log_likelihood.T + prior.on_cells()
+    summary = region.summarise(log_posterior.reshape(-1, *prior.box.n_points), prior.log_density, prior.box)
+    at_map = tuple(prior.box.position(axis, summary.map[:, axis]) for axis in (0, 1))
+    residual, amplitude = (region.at_point(field, at_map, prior.box.n_points) for field in (fit.residual, fit.amplitude))
     nrmse = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(sums.energy, 1e-30))
     return Info(summary, nrmse, amplitude, log_posterior)

@@ -47,17 +47,17 @@ def node_values(lower: float, upper: float) -> Float[np.ndarray, " node"]:
     return lower + (upper - lower) * (0.5 * (_nodes() + 1)) ** 2
 
 
-def upsampling(n_points: int) -> Float[np.ndarray, "point node"]:
-    """From values at the nodes to values at the lattice points of one parameter, by the polynomial through the nodes."""
+def upsample(values: Float[Array, "*lead point"], n_points: tuple[int, int]) -> Float[Array, "*lead cell"]:
+    """From values at the simulated nodes to lattice cells, both flat and f-major, by the polynomial through the nodes."""
+    grid = values.reshape(*values.shape[:-1], N_NODES, N_NODES)
+    along_f, along_k = (jnp.asarray(_upsampling(n)) for n in n_points)
+    return jnp.einsum("fm,...mn,kn->...fk", along_f, grid, along_k).reshape(*values.shape[:-1], -1)
+
+
+def _upsampling(n_points: int) -> Float[np.ndarray, "point node"]:
     cheb = np.polynomial.chebyshev
     basis = np.linalg.inv(cheb.chebvander(_nodes(), N_NODES - 1))
     return cheb.chebvander(np.linspace(-1, 1, n_points), N_NODES - 1) @ basis
-
-
-def upsample(values: Float[Array, "*lead node_f_node_k"], along: tuple[Float[Array, "f node"], Float[Array, "k node"]]) -> Float[Array, "*lead cell"]:
-    """From simulated nodes to lattice cells, both flat and f-major."""
-    grid = values.reshape(*values.shape[:-1], N_NODES, N_NODES)
-    return jnp.einsum("fm,...mn,kn->...fk", along[0], grid, along[1]).reshape(*values.shape[:-1], -1)
 
 
 def _nodes() -> Float[np.ndarray, " node"]:

@@ -4,18 +4,20 @@ Model. Image i of a voxel with amplitude a reads S_i = a (F_i + sum_j X_ij u_j +
 centre of a mixture component, X its derivatives by the nuisances times their standard deviations, u ~ N(0, 1), d ~ N(0, tau^2)
 the discrepancy and e ~ N(0, sigma^2) the noise in pixel units. With s^2 = sigma^2 + (a tau)^2:
 
-* u is integrated in closed form (ridge rho = s^2 / a^2 on the columns X);
+* u is integrated in closed form (ridge rho = s^2 / a^2 on the columns X); where a nuisance was measured u has a known mean, so that
+  voxels with slightly different T1, T2, .. share one set of columns;
 * a is integrated under the prior 1/a, so that a single image says nothing about the parameters;
 * sigma^2 is known from nu degrees of freedom, jointly for all images, hence a Student-t of the running sums.
 
 Inside s^2 and rho the amplitude is the one that the lattice point itself implies, F'S / F'F (Laplace's approximation of that
-dependence), averaged over a block's voxels where these share their columns (blocks are sorted by brightness); the normaliser -(n - 1) log s is kept, without which f is biased by a quarter at small n.
+dependence), averaged over a block's voxels, which are of like brightness; the normaliser -(n - 1) log s is kept, without which f is biased by a quarter at small n.
 One image costs the same whether it is the second or the thousandth.
 """
 
 from __future__ import annotations
 
 from itertools import combinations_with_replacement
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -25,14 +27,14 @@ from jaxtyping import Array, Float
 
 
 class Sums(eqx.Module):
-    """Sufficient statistics of the images so far; `group` is 1 where all voxels share their nuisances, else voxel.
+    """Sufficient statistics of the images so far, of a block of voxels that share their columns.
 
-    The column axes lead: the evaluation below then runs over contiguous arrays, four times faster than with them last but one.
+    The voxel axis is last: what voxels share is then read once per cell and not once per cell and voxel.
     """
 
-    gram: Float[Array, "pair group mixture cell"]
+    gram: Float[Array, "pair mixture cell 1"]
     """Sums over images of products of columns (upper triangle, row by row)."""
-    projection: Float[Array, "column voxel mixture cell"]
+    projection: Float[Array, "column mixture cell voxel"]
     """Sums over images of column times signal."""
     energy: Float[Array, " voxel"]
     """Sum of squared signals [pixel^2]."""
@@ -52,80 +54,101 @@ class Noise(eqx.Module):
 class Fit(eqx.Module):
     """The marginal likelihood, and the residual and amplitude that belong to it, on the lattice."""
 
-    log_likelihood: Float[Array, "voxel cell"]
+    log_likelihood: Float[Array, "cell voxel"]
     """Up to a constant per voxel; float32."""
-    residual: Float[Array, "voxel cell"]
+    residual: Float[Array, "cell voxel"]
     """Residual sum of squares, nuisances at their best (ridge penalty included) [pixel^2]; float32."""
-    amplitude: Float[Array, "voxel cell"]
+    amplitude: Float[Array, "cell voxel"]
     """[pixel units per M0]; float32."""
 
 
-def init(n_voxels: int, n_groups: int, n_mixture: int, n_columns: int, n_cells: int) -> Sums:
+def init(n_voxels: int, n_mixture: int, n_columns: int, n_cells: int) -> Sums:
     """No image yet."""
     n_pairs = n_columns * (n_columns + 1) // 2
     return Sums(
-        gram=jnp.zeros((n_pairs, n_groups, n_mixture, n_cells), jnp.float64),
-        projection=jnp.zeros((n_columns, n_voxels, n_mixture, n_cells), jnp.float64),
+        gram=jnp.zeros((n_pairs, n_mixture, n_cells, 1), jnp.float64),
+        projection=jnp.zeros((n_columns, n_mixture, n_cells, n_voxels), jnp.float64),
         energy=jnp.zeros(n_voxels, jnp.float64),
         n_images=jnp.zeros((), jnp.float64),
     )
 
 
-def update(sums: Sums, columns: Float[Array, "column group mixture cell"], signal: Float[Array, " voxel"]) -> Sums:
+def update(sums: Sums, columns: Float[Array, "column mixture cell"], signal: Float[Array, " voxel"]) -> Sums:
     """Add one image: the columns that the simulator expects and the signal that was measured [pixel units]."""
     first, second = np.triu_indices(columns.shape[0])
     return Sums(
-        gram=sums.gram + columns[first] * columns[second],
-        projection=sums.projection + columns * signal[:, None, None],
+        gram=sums.gram + (columns[first] * columns[second])[..., None],
+        projection=sums.projection + columns[..., None] * signal,
         energy=sums.energy + signal**2,
         n_images=sums.n_images + 1,
     )
 
 
-def fit(sums: Sums, noise: Noise) -> Fit:
-    """Evaluate the likelihood; mixture components count equally."""
-    gram = _symmetric(sums.gram)
-    shared = sums.gram.shape[1] == 1
-    first = jnp.mean(sums.projection[0], axis=0, keepdims=True) if shared else sums.projection[0]
-    implied = jnp.maximum(first / gram[0][0], _TINY) ** 2
-    variance = noise.sigma**2 + noise.discrepancy**2 * implied
-    # the barrier has what is shared by voxels computed once, not once per voxel inside a fused loop
-    whiten, occam, variance = jax.lax.optimization_barrier((*_factor(gram, variance / implied), variance))
-    y = [sum(row[j] * sums.projection[j] for j in range(i, len(row))) for i, row in enumerate(whiten)]
-    residual = jnp.maximum(sums.energy[:, None, None] - sum(each**2 for each in y), 0.0)
-    amplitude = y[0] * whiten[0][0]
-    log_likelihood = _student(occam * jnp.maximum(amplitude, _TINY) ** 2, variance, residual, noise.dof, sums.n_images)
+def fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None = None) -> Fit:
+    """Evaluate the likelihood; mixture components count equally.
+
+    Parameters
+    ----------
+    shift
+        Known means of the nuisances' coefficients u, voxel by voxel, where they were measured; none: all are 0.
+    """
+    factor = _factor(sums, noise)
+    whiten, ridge, p = factor.whiten, factor.ridge, sums.projection
+    y = [sum(whiten[j, i] * p[i] for i in range(j, len(p))) for j in range(len(p))]
+    rhs, power = y[0], jnp.broadcast_to(factor.power, y[0].shape)
+    if shift is not None:
+        t = [sum(whiten[j, i] * shift[i - 1] for i in range(j, len(p))) for j in range(1, len(p))]
+        rhs = rhs + ridge * sum(each * along for each, along in zip(y[1:], t, strict=True))
+        linear = sum(along * mixed for along, mixed in zip(t, factor.mixed, strict=True))
+        square = jnp.sum(shift**2, axis=0) - ridge * sum(along**2 for along in t)
+        power = power + ridge * (2 * linear + square)
+    amplitude = rhs / power
+    residual = jnp.maximum(sums.energy - sum(each**2 for each in y[1:]) - rhs * amplitude, 0.0)
+    occam = factor.determinant * power * jnp.maximum(amplitude, _TINY) ** 2
+    log_likelihood = _student(occam, factor.variance, residual, noise.dof, sums.n_images)
     return _mix(log_likelihood, residual.astype(jnp.float32), amplitude.astype(jnp.float32))
 
 
-def _symmetric(gram: Array) -> list[list[Array]]:
-    n_columns = int((2 * gram.shape[0]) ** 0.5)
-    index = {pair: i for i, pair in enumerate(combinations_with_replacement(range(n_columns), 2))}
-    return [[gram[index[min(i, j), max(i, j)]] for j in range(n_columns)] for i in range(n_columns)]
+class _Factor(NamedTuple):
+    """What a block's voxels share: with G the gram matrix, X its nuisance part and A = X'X + ridge; leaves (.., mixture, cell, 1)."""
+
+    whiten: Array
+    """(column, column, ..): rows 1.. are W with W A W' = 1; row 0 (not scaled) projects the nuisances out of the signal F."""
+    power: Array
+    """F'F with the nuisances projected out."""
+    mixed: Array
+    """(nuisance, ..): W X'F."""
+    determinant: Array
+    """det(A) / ridge^p."""
+    ridge: Array
+    variance: Array
 
 
-def _factor(gram: list[list[Array]], ridge: Array) -> tuple[list[list[Array]], Array]:
-    """W with W (G + ridge on the nuisances) W' = 1, and det(G + ridge) / ridge^p.
-
-    Row i of W reads columns i .. C - 1: nuisances are eliminated from the last to the first, so that row 0 belongs to the signal itself
-    with all nuisances projected out.
-    """
-    n = len(gram)
+def _factor(sums: Sums, noise: Noise) -> _Factor:
+    """Gaussian elimination of the nuisances, last column first."""
+    n = sums.projection.shape[0]
+    index = {pair: i for i, pair in enumerate(combinations_with_replacement(range(n), 2))}
+    gram = [[sums.gram[index[min(i, j), max(i, j)]] for j in range(n)] for i in range(n)]
+    implied = jnp.maximum(jnp.mean(sums.projection[0], axis=-1, keepdims=True) / gram[0][0], _TINY) ** 2
+    variance = noise.sigma**2 + noise.discrepancy**2 * implied
+    ridge = variance / implied
     a = [list(row) for row in gram]
-    w: list[list[Array]] = [[jnp.ones_like(ridge) if i == j else jnp.zeros_like(ridge) for j in range(n)] for i in range(n)]
+    w = [[jnp.ones_like(ridge) if i == j else jnp.zeros_like(ridge) for j in range(n)] for i in range(n)]
     determinant = jnp.ones_like(ridge)
-    for j in range(n - 1, -1, -1):
-        pivot = a[j][j] + ridge if j else a[0][0]
-        determinant = determinant * (pivot / ridge if j else pivot)
+    for j in range(n - 1, 0, -1):
+        pivot = a[j][j] + ridge
+        determinant = determinant * pivot / ridge
         for i in range(j):
             factor = a[i][j] / pivot
             for k in range(i, j):
                 a[i][k] = a[i][k] - factor * a[k][j]
             for k in range(j, n):
                 w[i][k] = w[i][k] - factor * w[j][k]
-        scale = 1 / jnp.sqrt(pivot)
-        w[j] = [scale * each for each in w[j]]
-    return w, determinant
+        w[j] = [each / jnp.sqrt(pivot) for each in w[j]]
+    whiten = jnp.stack([jnp.stack(row) for row in w])
+    mixed = jnp.stack([sum(w[j][i] * gram[i][0] for i in range(j, n)) for j in range(1, n)]) if n > 1 else jnp.zeros((0, *ridge.shape))
+    # the barrier has all this computed once per cell, not once per voxel inside a fused loop
+    return _Factor(*jax.lax.optimization_barrier((whiten, a[0][0], mixed, determinant, ridge, variance)))
 
 
 def _student(occam: Array, variance: Array, residual: Array, dof: Array, n: Array) -> Array:
@@ -136,11 +159,11 @@ def _student(occam: Array, variance: Array, residual: Array, dof: Array, n: Arra
 
 def _mix(log_likelihood: Array, residual: Array, amplitude: Array) -> Fit:
     """Sum over the mixture axis; residual and amplitude are averaged by responsibility."""
-    if log_likelihood.shape[1] == 1:
-        return Fit(log_likelihood[:, 0], residual[:, 0], amplitude[:, 0])
-    responsibility = jax.nn.softmax(log_likelihood, axis=1)
+    if log_likelihood.shape[0] == 1:
+        return Fit(log_likelihood[0], residual[0], amplitude[0])
+    responsibility = jax.nn.softmax(log_likelihood, axis=0)
     return Fit(
-        jax.nn.logsumexp(log_likelihood, axis=1), jnp.sum(responsibility * residual, axis=1), jnp.sum(responsibility * amplitude, axis=1)
+        jax.nn.logsumexp(log_likelihood, axis=0), jnp.sum(responsibility * residual, axis=0), jnp.sum(responsibility * amplitude, axis=0)
     )
 
 

@@ -3,7 +3,8 @@
 Signals are simulated on a tensor grid of Chebyshev nodes over the scan's ranges of T1, T2, B0, B1, carry-over, .. and
 interpolated by polynomials in between. In the likelihood a nuisance is a random coefficient of mean 0 and variance 1 times a column:
 
-* measured: the signal's derivative at the voxel's value, times the map's standard deviation;
+* measured: the signal's derivative at the centre of a block of voxels of like values, times the map's standard deviation (a voxel's
+  own value then is a known mean of its coefficient);
 * unmeasured: the signal's projections on the Legendre polynomials of the range (first, and where the signal is even about the
   centre, as in B0 on resonance, second), the best linear stand-in for the uniform prior. A range may be cut into equal slices,
   which then form a mixture: that is the finer quadrature against which the plain one is checked.
@@ -13,14 +14,15 @@ The coefficient is taken as Gaussian, and products of two nuisances are left out
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-Rows = Float[np.ndarray, "voxel node"]
+Rows = Float[np.ndarray, "row node"]
 
 
 class Axis(NamedTuple):
@@ -51,10 +53,12 @@ class Axis(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A map of one nuisance: Gaussian about each voxel's value."""
+    """What a map says of one nuisance in a block of voxels of like values: Gaussian about each voxel's value."""
 
-    values: Float[np.ndarray, " voxel"]
-    sd: Float[np.ndarray, " voxel"]
+    centre: float
+    """Where the signal is linearised."""
+    sd: float
+    """Error of the map; also the unit of the voxels' shifts from the centre."""
 
 
 def tensor_nodes(axes: Sequence[Axis]) -> Float[np.ndarray, "node axis"]:
@@ -62,58 +66,59 @@ def tensor_nodes(axes: Sequence[Axis]) -> Float[np.ndarray, "node axis"]:
     return np.array(list(product(*(axis.node_values() for axis in axes))), dtype=float)
 
 
-def columns(axes: Sequence[Axis], maps: Mapping[str, Measured]) -> Float[np.ndarray, "voxel mixture column node"]:
-    """The linear maps from signals at the nodes to the likelihood's columns, for every voxel and mixture component.
+def columns(axes: Sequence[Axis], maps: Mapping[str, Measured]) -> Float[np.ndarray, "mixture column node"]:
+    """The linear maps from signals at the nodes to the likelihood's columns, for every mixture component.
 
-    Column 0 is the mean signal, the others belong to one nuisance's coefficient each. Where nothing is mapped all voxels share one row
-    (leading size 1). Measured values outside the range are clipped to it.
+    Column 0 is the mean signal, the others belong to one nuisance's coefficient each, in the order of `coefficients`.
     """
-    n_voxels = max((len(known.values) for known in maps.values()), default=1)
     slices = [range(1 if axis.name in maps else axis.n_slices) for axis in axes]
-    return np.stack([_component(axes, maps, choice, n_voxels) for choice in product(*slices)], axis=1)
+    return np.stack([_component(axes, maps, choice) for choice in product(*slices)])
 
 
-def with_offset(
-    columns: Float[np.ndarray, "voxel mixture column node"], centre: float, sd: float
-) -> Float[np.ndarray, "voxel mixture column_ node_"]:
+def coefficients(axes: Sequence[Axis], mapped: Collection[str]) -> list[str]:
+    """The nuisance that each column but the first belongs to."""
+    return [axis.name for axis in axes for _ in range(1 if axis.name in mapped else axis.order)]
+
+
+def with_offset(columns: Float[np.ndarray, "mixture column node"], centre: float, sd: float) -> Float[np.ndarray, "mixture column_ node_"]:
     """Append the node that always reads 1: the mean signal gains `centre`, and an unknown offset (sd > 0) is one more column."""
     padded = np.concatenate([columns, np.zeros_like(columns[..., :1])], axis=-1)
-    padded[:, :, 0, -1] = centre
+    padded[:, 0, -1] = centre
     if sd == 0:
         return padded
-    row = np.zeros_like(padded[:, :, :1])
+    row = np.zeros_like(padded[:, :1])
     row[..., -1] = sd
-    return np.concatenate([padded, row], axis=2)
+    return np.concatenate([padded, row], axis=1)
 
 
-def _component(axes: Sequence[Axis], maps: Mapping[str, Measured], choice: Sequence[int], n_voxels: int) -> Float[np.ndarray, "voxel column node"]:
+def _component(axes: Sequence[Axis], maps: Mapping[str, Measured], choice: Sequence[int]) -> Float[np.ndarray, "column node"]:
     """Columns of one mixture component: the mean of every axis, then each axis's own rows with the others at their mean."""
     rows = [
         _measured_rows(axis, maps[axis.name]) if axis.name in maps else _unmeasured_rows(axis, index)
         for axis, index in zip(axes, choice, strict=True)
     ]
     means = [axis_rows[0] for axis_rows in rows]
-    result = [_outer(means, n_voxels)]
+    result = [_outer(means)]
     for j, axis_rows in enumerate(rows):
-        result += [_outer([*means[:j], row, *means[j + 1 :]], n_voxels) for row in axis_rows[1:]]
-    return np.stack(result, axis=1)
+        result += [_outer([*means[:j], row, *means[j + 1 :]]) for row in axis_rows[1:]]
+    return np.stack(result)
 
 
-def _measured_rows(axis: Axis, known: Measured) -> list[Rows]:
-    """Value and derivative times standard deviation, at each voxel's value."""
-    value = np.clip(known.values, axis.lower, axis.upper)
+def _measured_rows(axis: Axis, known: Measured) -> Rows:
+    """Value and derivative times standard deviation, at the centre."""
+    value = np.clip([known.centre], axis.lower, axis.upper)
     basis, slope = _lagrange(axis.n_nodes, axis.coordinate(value))
     span = np.log(axis.upper / axis.lower) * value if axis.logarithmic else axis.upper - axis.lower
-    return [basis, slope * (2 * known.sd / span)[:, None]]
+    return np.concatenate([basis, slope * (2 * known.sd / span)])
 
 
-def _unmeasured_rows(axis: Axis, index: int) -> list[Rows]:
+def _unmeasured_rows(axis: Axis, index: int) -> Rows:
     """Projections on the orthonormal Legendre polynomials of slice `index` of the range."""
     x, weight = np.polynomial.legendre.leggauss(16)
     width = (axis.upper - axis.lower) / axis.n_slices
     basis, _ = _lagrange(axis.n_nodes, axis.coordinate(axis.lower + width * (index + 0.5 * (x + 1))))
     legendre = np.polynomial.legendre.legvander(x, axis.order) * np.sqrt(2 * np.arange(axis.order + 1) + 1)
-    return list(((0.5 * weight[:, None] * legendre).T @ basis)[:, None, :])
+    return (0.5 * weight[:, None] * legendre).T @ basis
 
 
 def _chebyshev_nodes(n: int) -> Float[np.ndarray, " node"]:
@@ -130,9 +135,6 @@ def _lagrange(n_nodes: int, x: Float[np.ndarray, " x"]) -> tuple[Float[np.ndarra
     return basis.reshape(len(x), n_nodes), slope.reshape(len(x), n_nodes)
 
 
-def _outer(factors: Sequence[Rows], n_voxels: int) -> Rows:
-    """Voxel by voxel, the tensor product of (voxel or 1, node) factors: (voxel, product of nodes)."""
-    result = np.ones((n_voxels, 1))
-    for factor in factors:
-        result = (result[:, :, None] * factor[:, None, :]).reshape(n_voxels, -1)
-    return result
+def _outer(factors: Sequence[Float[np.ndarray, " node_i"]]) -> Float[np.ndarray, " node"]:
+    """Tensor product of the axes' weights, flat."""
+    return reduce(lambda result, factor: np.outer(result, factor).reshape(-1), factors, np.ones(1))

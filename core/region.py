@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from scansteer.core.lattice import Box
 
-N_FINE = 56
-N_BISECTIONS = 14
+N_FINE = 48
+N_BISECTIONS = 9
 EDGE_FRACTION = 0.01
 """Width of an edge row, as a fraction of the box (a cell of the published 100 x 100 grid)."""
 ANYTIME_LEVEL = 0.05
@@ -78,18 +78,34 @@ def _positions(window: Window) -> Float[Array, "voxel fine"]:
     return first[:, None] + (last - first)[:, None] * (jnp.arange(N_FINE, dtype=jnp.float32) + 0.5) / N_FINE
 
 
-def _weights(positions: Float[Array, "voxel fine"], n: int) -> Float[Array, "voxel fine n"]:
-    """Cubic Lagrange interpolation from lattice points 0 .. n - 1, as a dense matrix."""
+def _stencil(positions: Array, n: int) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    """Cubic Lagrange interpolation from lattice points 0 .. n - 1: the first of four points, and their weights."""
     base = jnp.clip(jnp.floor(positions) - 1, 0, n - 4)
     t = positions - base
-    stencil = (
+    weights = (
         -(t - 1) * (t - 2) * (t - 3) / 6,
         t * (t - 2) * (t - 3) / 2,
         -t * (t - 1) * (t - 3) / 2,
         t * (t - 1) * (t - 2) / 6,
     )
+    return base, weights
+
+
+def _weights(positions: Float[Array, "voxel fine"], n: int) -> Float[Array, "voxel fine n"]:
+    """The interpolation as a dense matrix."""
+    base, stencil = _stencil(positions, n)
     offset = jnp.arange(n, dtype=jnp.float32) - base[..., None]
     return sum(jnp.where(offset == m, weight[..., None], 0.0) for m, weight in enumerate(stencil))  # type: ignore[return-value]
+
+
+def at_point(values: Float[Array, "cell voxel"], position: tuple[Array, Array], n_points: tuple[int, int]) -> Float[Array, " voxel"]:
+    """Values interpolated at one position per voxel (in lattice steps along f and along k)."""
+    (first_f, along_f), (first_k, along_k) = (_stencil(position[axis], n_points[axis]) for axis in (0, 1))
+    corner = first_f.astype(int) * n_points[1] + first_k.astype(int)
+    voxel = jnp.arange(values.shape[1])
+    return sum(  # type: ignore[return-value]
+        along_f[i] * along_k[j] * values[corner + i * n_points[1] + j, voxel] for i in range(4) for j in range(4)
+    )
 
 
 def interpolate(values: Float[Array, "voxel f k"], positions: tuple[Array, Array]) -> Float[Array, "voxel fine_f fine_k"]:
@@ -152,17 +168,20 @@ def _anytime_area(log_density: Array, log_prior: Array, area: Array) -> Float[Ar
 
 
 def _hpd_area(log_density: Array, mass: Array, area: Array) -> Float[Array, " voxel"]:
-    """Smallest area that holds 95 %: bisection on the density's level (sorting is ten times slower), then a share of the last cells."""
-    density = jnp.exp(log_density - jnp.max(log_density, axis=(1, 2), keepdims=True))
-    low, high = jnp.zeros(len(density), jnp.float32), jnp.ones(len(density), jnp.float32)
+    """Smallest area that holds 95 %: bisection on the log density's level (sorting is ten times slower), then a share of the last cells."""
+    relative = log_density - jnp.max(log_density, axis=(1, 2), keepdims=True)
+    low, high = jnp.full(len(relative), _LOWEST_LEVEL, jnp.float32), jnp.zeros(len(relative), jnp.float32)
     for _ in range(N_BISECTIONS):
         level = 0.5 * (low + high)
-        enough = _above(density, level, mass) >= 0.95
+        enough = _above(relative, level, mass) >= 0.95
         low, high = jnp.where(enough, level, low), jnp.where(enough, high, level)
-    outer_mass, inner_mass = _above(density, low, mass), _above(density, high, mass)
+    outer_mass, inner_mass = _above(relative, low, mass), _above(relative, high, mass)
     share = jnp.clip((0.95 - inner_mass) / jnp.maximum(outer_mass - inner_mass, 1e-30), 0.0, 1.0)
-    outer, inner = _above(density, low, area), _above(density, high, area)
+    outer, inner = _above(relative, low, area), _above(relative, high, area)
     return inner + share * (outer - inner)
+
+
+_LOWEST_LEVEL = -12.0
 
 
 def _above(density: Array, level: Array, what: Array) -> Float[Array, " voxel"]:

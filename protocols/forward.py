@@ -43,8 +43,7 @@ def model(scan: Scan, n_points: tuple[int, int] = N_POINTS) -> Model:
     values |= {axis.name: nodes[:, j, None] for j, axis in enumerate(tissue)}
     shape = (len(nodes), grid[0].size)
     described = tissue_model.tissue(scan, {name: jnp.asarray(np.broadcast_to(value, shape)) for name, value in values.items()})
-    upsampling = jnp.asarray(lattice.upsampling(n_points[0])), jnp.asarray(lattice.upsampling(n_points[1]))
-    return Model(chain, tissue, _forward(scan, chain, described, upsampling), prior)
+    return Model(chain, tissue, _forward(scan, chain, described), prior)
 
 
 def tissue_axes(scan: Scan) -> tuple[Axis, ...]:
@@ -71,13 +70,12 @@ def _axis(name: str, span: Range) -> Axis:
     return Axis(name, span.lower, span.upper, n_nodes=3, order=1)
 
 
-def _forward(scan: Scan, chain: tuple[Axis, ...], tissue, upsampling) -> Forward:
+def _forward(scan: Scan, chain: tuple[Axis, ...], tissue) -> Forward:
     nodes = nuisance.tensor_nodes(chain)
     at = {axis.name: nodes[:, j] for j, axis in enumerate(chain)}
     carry, mz = scan.readout.carry_over, scan.first_state.mz
     return Forward(
         tissue=tissue,
-        upsampling=upsampling,
         train=tissue_model.train(scan),
         readout=tissue_model.readout(scan),
         carry_over=None if carry is None else jnp.asarray(at.get("carry_over", np.full(len(nodes), bounds(carry)[0]))),

@@ -6,6 +6,7 @@ number of voxels, known only with the first image, compiles nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from scansteer.core import dictionary, grid_posterior, likelihood, nuisance
+from scansteer.core import blocks, dictionary, grid_posterior, likelihood, nuisance
 from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info, Prior
 from scansteer.core.likelihood import Noise, Sums
@@ -47,11 +48,15 @@ class Reference:
         self.scan = scan
         self.model = forward.model(scan)
         self._mapped = frozenset(mapped) & {axis.name for axis in self.model.axes}
+        lower, upper = bounds(scan.readout.offset)
+        self._coefficients = [*nuisance.coefficients(self.model.axes, self._mapped), *(["offset"] if upper > lower else [])]
+        self._n_mixture = math.prod(axis.n_slices for axis in self.model.axes if axis.name not in self._mapped)
         self._discrepancy = jnp.asarray(scan.noise.discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-posterior")
         self._block_map = jax.jit(dictionary.block_map)
         self._play = jax.jit(dictionary.play)
         self._reading = jax.jit(dictionary.reading)(self.model.forward)
+        self._columns = jax.jit(grid_posterior.expected_columns)
         self._step: Callable[..., tuple[Sums, Info]] = jax.jit(_step, donate_argnums=0)
         self._maps: dict[tuple[float, ...], LongitudinalMap] = {}
         self._state = self._initial_state()
@@ -59,6 +64,7 @@ class Reference:
             self._map_of(block, first=index == 0)
         self._place = np.zeros((0, BLOCK), int)
         self._weights: list[jnp.ndarray] = []
+        self._shifts: list[jnp.ndarray | None] = []
         self._sums: list[Sums] = []
         self._warm_up()
 
@@ -74,7 +80,7 @@ class Reference:
         maps
             Auxiliary values of its voxels, by name and in the scan's units.
         brightness
-            Their first image: voxels that share their nuisances are grouped into blocks of like amplitude.
+            Their first image: a block's voxels are of like amplitude, and of like auxiliary values.
 
         Raises
         ------
@@ -82,30 +88,34 @@ class Reference:
             More voxels than memory allows.
         """
         n_voxels = len(brightness)
-        weights = nuisance_columns(self.scan, self.model.axes, {name: maps[name] for name in self._mapped})
         n_blocks = -(-n_voxels // BLOCK)
-        block_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._empty(weights)))
+        block_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._empty()))
         if n_blocks * block_bytes > MAX_BYTES:
             raise InputError(
                 f"The region has {n_voxels} voxels, the reference posterior holds at most {BLOCK * (MAX_BYTES // block_bytes)} of this scan; "
                 "give a smaller region with --roi or a trained encoder with --encoder."
             )
-        order = np.argsort(brightness, kind="stable")
-        self._place = np.concatenate([order, np.repeat(order[-1:], n_blocks * BLOCK - n_voxels)]).reshape(n_blocks, BLOCK)
-        self._weights = [jnp.asarray(weights if len(weights) == 1 else weights[place]) for place in self._place]
-        self._sums = [self._empty(weights) for _ in range(n_blocks)]
+        used = {name: maps[name] for name in self._coefficients if name in self._mapped}
+        self._place = blocks.of_like_voxels([*used.values(), 1 + np.maximum(brightness, 0.0)], BLOCK)
+        described = [self._describe({name: values[place] for name, values in used.items()}) for place in self._place]
+        self._weights = [weights for weights, _ in described]
+        self._shifts = [shift for _, shift in described]
+        self._sums = [self._empty() for _ in self._place]
 
     def absorb(self, signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate, block: SaturationBlock, *, first: bool) -> Info:
         """Play the block, absorb the image it led to, and infer; NumPy leaves over all voxels."""
         expected = self.play(block, first=first)
         noise_now = Noise(jnp.asarray(noise.sigma), jnp.asarray(noise.dof), self._discrepancy)
+        shared = None if self._mapped else self._columns(self._weights[0], expected, self.prior.box)
 
         def one(index: int) -> Info:
             values = jnp.asarray(signal[self._place[index]], dtype=jnp.float64)
-            self._sums[index], info = self._step(self._sums[index], self._weights[index], expected, values, noise_now, self.model.prior)
+            columns = self._columns(self._weights[index], expected, self.prior.box) if shared is None else shared
+            self._sums[index], info = self._step(self._sums[index], columns, values, noise_now, self.prior, self._shifts[index])
             return jax.block_until_ready(info)
 
-        return self._gathered(list(self._pool.map(one, range(len(self._sums)))), len(signal))
+        infos = list(self._pool.map(one, range(len(self._sums))))
+        return self._gathered(infos, len(signal))
 
     def _gathered(self, infos: list[Info], n_voxels: int) -> Info:
         """Blocks back into the order of the voxels."""
@@ -138,9 +148,33 @@ class Reference:
             self._maps[key] = jax.block_until_ready(self._block_map(self.model.forward, tissue_model.saturation(self.scan, played)))
         return self._maps[key]
 
-    def _empty(self, weights: np.ndarray) -> Sums:
-        n_groups, n_mixture, n_columns, _ = weights.shape
-        return likelihood.init(BLOCK, 1 if n_groups == 1 else BLOCK, n_mixture, n_columns, self.model.prior.box.n_cells)
+    def _empty(self) -> Sums:
+        return likelihood.init(BLOCK, self._n_mixture, len(self._coefficients) + 1, self.model.prior.box.n_cells)
+
+    def _describe(self, maps: dict[str, np.ndarray]) -> tuple[jnp.ndarray, jnp.ndarray | None]:
+        """A block's columns as maps from the dictionary's nodes, and its voxels' shifts where there are maps."""
+        measured = {name: self._measured(name, values) for name, values in maps.items()}
+        columns = nuisance.columns(self.model.axes, measured)
+        lower, upper = bounds(self.scan.readout.offset)
+        weights = jnp.asarray(nuisance.with_offset(columns, 0.5 * (lower + upper), (upper - lower) / 12**0.5))
+        if not measured:
+            return weights, None
+        shift = np.zeros((len(self._coefficients), BLOCK))
+        for row, name in enumerate(self._coefficients):
+            if name in measured:
+                shift[row] = (self._clipped(name, maps[name]) - measured[name].centre) / measured[name].sd
+        return weights, jnp.asarray(shift)
+
+    def _measured(self, name: str, values: np.ndarray) -> Measured:
+        """Where a block's signals are linearised, and how wrong its map may be."""
+        described = self.scan.auxiliaries[name]  # type: ignore[index]
+        centre = float(np.mean(self._clipped(name, values)))
+        floor = 1e-3 * (described.upper - described.lower)  # the unit of the shifts, also where a map is said to be exact
+        return Measured(centre, max(float(np.hypot(described.map_error, described.map_error_relative * centre)), floor))
+
+    def _clipped(self, name: str, values: np.ndarray) -> np.ndarray:
+        described = self.scan.auxiliaries[name]  # type: ignore[index]
+        return np.clip(values, described.lower, described.upper)
 
     def _warm_up(self) -> None:
         """Run everything once on made-up voxels, then forget them."""
@@ -152,19 +186,6 @@ class Reference:
         self._state = state
 
 
-def _step(sums: Sums, weights, expected, signal, noise: Noise, prior: Prior) -> tuple[Sums, Info]:
-    columns = grid_posterior.expected_columns(weights, expected)
+def _step(sums: Sums, columns, signal, noise: Noise, prior: Prior, shift) -> tuple[Sums, Info]:
     sums = likelihood.update(sums, columns, signal)
-    return sums, grid_posterior.infer(sums, noise, prior)
-
-
-def nuisance_columns(scan: Scan, axes: Sequence[nuisance.Axis], maps: dict[str, np.ndarray]) -> np.ndarray:
-    """The linear maps from dictionary nodes to the likelihood's columns: (group, mixture, column, node), offset included."""
-    columns = nuisance.columns(axes, {name: Measured(values, _map_error(scan, name, values)) for name, values in maps.items()})
-    lower, upper = bounds(scan.readout.offset)
-    return nuisance.with_offset(columns, 0.5 * (lower + upper), (upper - lower) / 12**0.5)
-
-
-def _map_error(scan: Scan, name: str, values: np.ndarray) -> np.ndarray:
-    described = scan.auxiliaries[name]  # type: ignore[index]
-    return np.hypot(described.map_error, described.map_error_relative * values)
+    return sums, grid_posterior.infer(sums, noise, prior, shift)
