@@ -184,6 +184,10 @@ class Broker:
             log.error("%s", error)
             refused = ProtocolError("disk", "The disk does not take it; what was accepted before is safe.")
             return [self._refusal(identity, message.request_id, session_id, refused)]
+        except Exception:  # a mistake of ours in answering one message must not end the service for all
+            log.exception("a message could not be answered")
+            refused = ProtocolError("failed", "Internal error; the service's log has the details.")
+            return [self._refusal(identity, message.request_id, session_id, refused)]
 
     def finished(self, session_id: str, events: Sequence[Event]) -> list[Outgoing]:
         """Pass on what a job of a session said."""

@@ -46,6 +46,8 @@ log = logging.getLogger("scansteer.gateway")
 
 _WAIT_S = 0.05
 _BACKLOG = 16
+_DRAIN_S = 1.0
+_PIECE_BYTES = 2**18
 _PAUSE_S = 0.3
 """A peer that says nothing for so long after its header has said all that there is before the images."""
 
@@ -347,14 +349,15 @@ class Connection:
         return Client(self._config.endpoint, keys=self._config.keys, timeout_s=self._config.service_timeout_s)
 
     def _read_exactly(self, count: int) -> bytes:
-        buffer = bytearray(count)
-        view = memoryview(buffer)
-        while view:
-            n_read = self._peer.recv_into(view)
-            if n_read == 0:
+        """So many bytes, in memory that grows with what really comes: a length that is only announced costs nothing."""
+        pieces: list[bytes] = []
+        while count:
+            piece = self._peer.recv(min(count, _PIECE_BYTES))
+            if not piece:
                 raise Ended
-            view = view[n_read:]
-        return bytes(buffer)
+            pieces.append(piece)
+            count -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     # Going out.
 
@@ -383,7 +386,15 @@ class Connection:
         self._outlet.finish()
         with contextlib.suppress(OSError):
             self._peer.shutdown(socket.SHUT_WR)
+            self._drain()
         self._peer.close()
+
+    def _drain(self) -> None:
+        """Read what is still coming for a moment: closing on unread bytes would take back what was said last."""
+        until = time.monotonic() + _DRAIN_S
+        self._peer.settimeout(_DRAIN_S)
+        while self._peer.recv(1 << 16) and time.monotonic() < until:
+            pass
 
     def _wait_for_maps(self, uplink: Uplink) -> None:
         """CLOSE is answered after the maps, unless the service is away or slower than allowed."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import ismrmrd
 import msgpack
+import numpy as np
 
 from scansteer.core.errors import InputError
 from scansteer.protocols.scan import Scan
@@ -445,7 +446,8 @@ class HostedSession:
                 "conflict", f"A {message.role} map came after image 0 was used; send maps before the first image."
             )
         try:
-            role = decode_frame(body, max_voxels=self._limits.max_voxels).role
+            with np.errstate(invalid="ignore"):
+                role = decode_frame(body, max_voxels=self._limits.max_voxels).role
         except InputError as error:
             raise ProtocolError("malformed", str(error)) from error
         if role != message.role:

@@ -210,6 +210,8 @@ class Uplink:
         return None
 
     def _note_away(self, is_away: bool) -> None:
-        if is_away != self.is_away:
-            log.warning("session %s: the service is %s", self.session_id, "away" if is_away else "there")
+        if is_away and not self.is_away:
+            log.warning("session %s: the service is away; images are kept", self.session_id)
+        elif self.is_away and not is_away:
+            log.info("session %s: the service is there", self.session_id)
         self.is_away = is_away

@@ -329,10 +329,11 @@ class Worker:
 def run_job(job: Job) -> list[Event]:
     """Run a job; whatever it raises becomes that session's failure and nobody else's."""
     try:
-        return job()
+        with np.errstate(invalid="ignore"):  # pixels that are not numbers are refused by name, not warned of
+            return job()
     except InputError as error:
         return [Failed(str(error))]
-    except Exception as error:
+    except Exception as error:  # whatever it is, it must not reach the other sessions
         log.exception("a session failed")
         return [Failed(f"Internal error: {type(error).__name__}.")]
 

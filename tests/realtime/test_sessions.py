@@ -53,7 +53,7 @@ def test_an_exported_session_can_be_replayed(data_dir, tmp_path, make_image, sca
 
 
 def test_an_unknown_session_is_named_with_those_there_are(data_dir, tmp_path):
-    with pytest.raises(InputError, match="'nobody'.*done"):
+    with pytest.raises(InputError, match=r"'nobody'.*done"):
         export_session(data_dir, "nobody", tmp_path / "x.zip")
     with pytest.raises(InputError, match="no session"):
         export_session(data_dir, "../sessions/done", tmp_path / "x.zip")

@@ -24,20 +24,31 @@ def worker(delivered):
     worker.stop(5)
 
 
+def quietly(*actions):
+    """A job that does something and says nothing."""
+
+    def job():
+        for action in actions:
+            action()
+        return []
+
+    return job
+
+
 def test_jobs_of_a_session_run_in_order_even_across_lanes(worker, delivered):
     done = threading.Event()
     for number in range(20):
         worker.submit("s", lambda number=number: [Warned(str(number))], slow=number % 3 == 0)
-    worker.submit("s", lambda: [done.set()] and [])
+    worker.submit("s", quietly(done.set))
     assert done.wait(5)
     assert [events[0].reason for _, events in delivered if events] == [str(number) for number in range(20)]
 
 
 def test_a_session_that_compiles_keeps_no_other_waiting(worker, delivered):
     compiling, go_on, done = threading.Event(), threading.Event(), threading.Event()
-    worker.submit("slow", lambda: [compiling.set() or go_on.wait(10)] and [], slow=True)
+    worker.submit("slow", quietly(compiling.set, lambda: go_on.wait(10)), slow=True)
     assert compiling.wait(5)
-    worker.submit("fast", lambda: [done.set()] and [])
+    worker.submit("fast", quietly(done.set))
     assert done.wait(5)
     go_on.set()
 
@@ -56,12 +67,12 @@ def test_what_a_job_raises_is_its_sessions_failure(caplog):
 def test_stopping_starts_no_further_job(delivered):
     worker = Worker(lambda session_id, events: delivered.append(events))
     running, go_on = threading.Event(), threading.Event()
-    worker.submit("s", lambda: [running.set() or go_on.wait(10)] and [Warned("first")])
-    worker.submit("s", lambda: [Warned("second")])
+    worker.submit("s", quietly(running.set, lambda: go_on.wait(10)))
+    worker.submit("s", lambda: [Warned("never")])
     assert running.wait(5)
     threading.Timer(0.05, go_on.set).start()
     worker.stop(5)
-    assert delivered == [[Warned("first")]]
+    assert delivered == [[]]
 
 
 def slice_frame(index: int, z_mm: float, value: float, shape: tuple[int, int, int] = (1, 3, 2)) -> Frame:

@@ -1,0 +1,138 @@
+"""kill -9 at random moments: every accepted image is there, none twice, and decisions equal an undisturbed run's.
+
+The default run kills a service with a small stand-in for the posterior a handful of times. The long run (`-m long`) kills 180 times
+on a small scan and 20 times on the phantom, with the real posterior.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from scansteer.protocols.larg_phantom import PUBLISHED
+from scansteer.protocols.scan import Auxiliary, Scan
+from scansteer.realtime import journal
+from scansteer.realtime.client import Client
+from scansteer.realtime.codec import decode
+from scansteer.realtime.images import image_message
+from scansteer.realtime.messages import Image
+
+SEED = 20251122
+
+
+class Victim:
+    """A service process that can be killed and started again on the same folder and address."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self.endpoint = f"ipc://{folder}/service"
+        self._kind = kind
+        self._config = folder / "serve.yaml"
+        settings = {"endpoint": self.endpoint, "publish_endpoint": f"ipc://{folder}/publish", "data_dir": str(folder / "sessions")}
+        self._config.write_text(yaml.safe_dump(settings))
+        self.start()
+
+    def start(self) -> None:
+        script = Path(__file__).with_name("small_service.py")
+        with open(self.folder / "log", "a") as log:
+            self.process = subprocess.Popen([sys.executable, str(script), str(self._config), self._kind], stderr=log)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def pictures(scan: Scan, seed: int) -> list[bytes]:
+    """Decaying noise in a disc: what it says is of no interest here, only that it says the same twice."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[-8:8, -8:8]
+    disc = 1000.0 * (np.hypot(x, y) < 4) + 2.0
+    noisy = [disc * (1 - 0.01 * n) + generator.normal(0, 2, disc.shape) for n in range(len(scan.schedule))]
+    return [image_message(image[None].astype(np.float32), repetition=n) for n, image in enumerate(noisy)]
+
+
+def stream(victim: Victim, scan: Scan, images: list[bytes], n_kills: int, generator: random.Random) -> None:
+    """Send everything, killing the service at random moments on the way."""
+    kill_before = sorted(generator.sample(range(len(images)), min(n_kills, len(images))))
+    with Client(victim.endpoint, timeout_s=60, resend_s=0.2) as client:
+        client.open(scan, "s")
+        for number, image in enumerate(images):
+            if number in kill_before:
+                if generator.random() < 0.3:
+                    client.wait_ready("s")  # else it dies while it compiles
+                client.post_image("s", image)  # on its way when the process dies, or accepted already
+                time.sleep(generator.random() * 0.004)
+                victim.kill()
+                victim.start()
+            client.send_image("s", image, timeout_s=120)
+        client.close_session("s", timeout_s=300)
+
+
+def decisions(folder: Path) -> list[dict]:
+    lines = (folder / "sessions" / "s" / "decisions.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    for decision in found:
+        del decision["latency_ms"], decision["margin_ms"]
+    return found
+
+
+def images_on_disk(folder: Path) -> list[bytes]:
+    records = [decode(frames) for _, frames in journal.read_all(folder / "sessions" / "s" / "journal")]
+    return [bytes(bodies[0]) for message, bodies in records if isinstance(message, Image)]
+
+
+def check(tmp_path: Path, kind: str, scan: Scan, n_kills: int, rounds: int) -> None:
+    generator = random.Random(SEED)
+    images = pictures(scan, SEED)
+    quiet_folder = tmp_path / "quiet"
+    quiet_folder.mkdir()
+    quiet = Victim(quiet_folder, kind)
+    try:
+        stream(quiet, scan, images, 0, generator)
+    finally:
+        quiet.kill()
+    expected = decisions(quiet_folder)
+    assert len(expected) == len(images)
+    for number in range(rounds):
+        folder = tmp_path / f"killed-{number}"
+        folder.mkdir()
+        victim = Victim(folder, kind)
+        try:
+            stream(victim, scan, images, n_kills, generator)
+        finally:
+            victim.kill()
+        assert images_on_disk(folder) == images
+        assert decisions(folder) == expected
+
+
+def small_scan() -> Scan:
+    """Eight images, everything measured: compiles in seconds."""
+    fixed = {
+        "t1_s": Auxiliary(lower=3.0, upper=3.0),
+        "t2_s": Auxiliary(lower=1.0, upper=1.0),
+    }
+    return PUBLISHED.model_copy(update={"schedule": PUBLISHED.schedule[:8], "auxiliaries": fixed, "matrix": None, "name": "small"})
+
+
+def test_a_killed_service_goes_on_as_if_nothing_had_happened(tmp_path):
+    scan = PUBLISHED.model_copy(update={"matrix": None})
+    check(tmp_path, "fake", scan, n_kills=4, rounds=1)
+
+
+@pytest.mark.long
+def test_a_small_scan_survives_180_kills(tmp_path):
+    check(tmp_path, "real", small_scan(), n_kills=6, rounds=30)
+
+
+@pytest.mark.long
+def test_the_phantom_survives_20_kills(tmp_path):
+    scan = PUBLISHED.model_copy(update={"matrix": None})
+    check(tmp_path, "real", scan, n_kills=10, rounds=2)
