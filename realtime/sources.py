@@ -63,7 +63,8 @@ class Source:
         self._close = close
         self._cut = index.cut
         self._maps = [entry for entry in index.entries if entry.role not in ("image", "other")]
-        self.warnings += [f"{path}: {entry.place} is lost with the end of the file." for entry in self._maps if not entry.is_whole]
+        lost = [entry.place for entry in self._maps if not entry.is_whole]
+        self.warnings += [f"{path}: {place} is lost with the end of the file." for place in lost]
         self._series = sorted(self._choose_series(index.entries), key=lambda entry: entry.key)
         if not self._series:
             cut = f" (it {index.cut})" if index.cut else ""

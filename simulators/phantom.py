@@ -21,6 +21,9 @@ jax.config.update("jax_enable_x64", True)  # the physics needs it; core leaves t
 DEFAULT_MATRIX = (64, 64, 1)
 _FIELD_OF_VIEW_MM = (32.0, 32.0, 5.0)
 
+_block_map = eqx.filter_jit(signal.saturation_map)
+_reading = eqx.filter_jit(signal.readout_map)
+
 # Centres and radius of the vials as shares of the picture's sides.
 _CENTRES = ((0.28, 0.33), (0.72, 0.38), (0.46, 0.72))
 _RADIUS = 0.14
@@ -95,8 +98,7 @@ class Magnet:
         self._seed = seed
         self._train = tissue_model.train(scan)
         self._tissue = tissue_model.tissue(scan, {name: jnp.asarray(value) for name, value in phantom.values.items()})
-        self._block_map = eqx.filter_jit(signal.saturation_map)
-        self._reading = eqx.filter_jit(signal.readout_map)(self._tissue, tissue_model.readout(scan))
+        self._reading = _reading(self._tissue, tissue_model.readout(scan))
         self._offset = tissue_model.centre(scan.readout.offset)
         self._mz = signal.equilibrium(self._tissue) * tissue_model.centre(scan.first_state.mz)
         self._map_of(scan.schedule[0])  # compiles
@@ -126,7 +128,7 @@ class Magnet:
         return read
 
     def _map_of(self, block: SaturationBlock) -> signal.LongitudinalMap:
-        return self._block_map(self._tissue, tissue_model.saturation(self._scan, block), self._train)
+        return _block_map(self._tissue, tissue_model.saturation(self._scan, block), self._train)
 
 
 def _labels(matrix: tuple[int, int, int]) -> np.ndarray:

@@ -121,16 +121,19 @@ def test_a_scan_without_images_leaves_a_report_too(tmp_path: Path) -> None:
     assert not (tmp_path / "maps").exists()
 
 
-def test_the_report_stands_alone_and_describes_its_pictures() -> None:
-    page = report.render(DECISIONS, maps(), SUMMARY)
+@pytest.fixture(scope="module")
+def page() -> str:
+    return report.render(DECISIONS, maps(), SUMMARY)
+
+
+def test_the_report_stands_alone_and_describes_its_pictures(page: str) -> None:
     found = checked(page)
     assert len(found.images) == 6
     assert all(image["src"].startswith("data:image/") and image["alt"] for image in found.images)
     assert not re.search(r"(src|href)=(?!\"data:)", page)
 
 
-def test_the_report_says_what_matters_and_escapes_it() -> None:
-    page = report.render(DECISIONS, maps(), SUMMARY)
+def test_the_report_says_what_matters_and_escapes_it(page: str) -> None:
     text = checked(page).text
     assert "A stop was first called after image 2 of 5: 3 images saved." in text
     assert "T1 <odd> (image 1)" in text
@@ -151,5 +154,5 @@ def test_the_report_of_a_region_without_any_value_is_drawn() -> None:
     assert len(checked(report.render(DECISIONS, empty, SUMMARY)).images) == 6
 
 
-def test_the_report_is_the_same_every_time() -> None:
-    assert report.render(DECISIONS, maps(), SUMMARY) == report.render(DECISIONS, maps(), SUMMARY)
+def test_the_report_is_the_same_every_time(page: str) -> None:
+    assert report.render(DECISIONS, maps(), SUMMARY) == page

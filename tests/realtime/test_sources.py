@@ -134,6 +134,24 @@ def test_a_cut_hdf5_file_gives_what_came_before_and_then_says_where_it_ends(tmp_
         assert 12 * share - 4 <= count < 12
 
 
+def test_a_cut_file_without_chunks_gives_the_images_before_the_cut(tmp_path: Path) -> None:
+    made = [image(n, shape=(40, 50)) for n in range(4)]
+    with h5py.File(tmp_path / "scan.h5", "w") as file:
+        group = file.create_group("dataset/image_0")
+        group["header"] = np.stack([np.frombuffer(one.getHead(), ismrmrd.hdf5.image_header_dtype)[0] for one in made])
+        group["data"] = np.stack([one.data for one in made])
+        data = group["data"]
+        assert isinstance(data, h5py.Dataset) and data.chunks is None
+        end = data.id.get_offset() + 3 * 40 * 50 * 2  # bytes up to the end of image 2
+    whole = (tmp_path / "scan.h5").read_bytes()
+    for length, expected in ((end, [0, 1, 2]), (end - 1, [0, 1])):
+        (tmp_path / "scan.h5").write_bytes(whole[:length])
+        seen = []
+        with open_source(tmp_path / "scan.h5") as source, pytest.raises(ScansteerError, match="is cut off"):
+            seen.extend(stored.frame.repetition for stored in source.images())
+        assert seen == expected
+
+
 def test_maps_that_a_cut_took_are_named(tmp_path: Path) -> None:
     path = write_hdf5(tmp_path / "scan.h5", {"image_0": [image(0, shape=(40, 50))], "T1": [image(1, shape=(40, 50))]})
     path.write_bytes(path.read_bytes()[:-5000])

@@ -55,6 +55,22 @@ def test_saturation_lowers_the_signal_and_a_long_recovery_restores_it(magnet: Ma
     np.testing.assert_allclose(vial_means(magnet.phantom, images[2]), 1.0, atol=1e-3)
 
 
+def test_the_first_state_is_that_just_before_the_first_saturation() -> None:
+    scan = Scan.model_validate({**SCAN.model_dump(), "first_state": {"mz": 0.5}})
+    magnet = Magnet(three_vials(scan, snr=1e6), scan)
+    brief = IDLE.model_copy(update={"t_sat_s": 1e-6})
+    np.testing.assert_allclose(vial_means(magnet.phantom, magnet.play(brief)), 0.5, atol=1e-3)  # no 60 s of recovery
+
+
+def test_dummies_are_played_before_the_first_image() -> None:
+    plain = Magnet(three_vials(SCAN, snr=1e6), SCAN)
+    dummy_scan = Scan.model_validate({**SCAN.model_dump(), "first_state": {"mz": 1.0, "n_dummies": 1}})
+    images = [plain.play(SCAN.schedule[0]) for _ in range(2)]
+    after_dummy = Magnet(three_vials(SCAN, snr=1e6), dummy_scan).play(SCAN.schedule[0])
+    np.testing.assert_allclose(vial_means(plain.phantom, after_dummy), vial_means(plain.phantom, images[1]), rtol=1e-4)
+    assert not np.allclose(vial_means(plain.phantom, images[0]), vial_means(plain.phantom, images[1]), rtol=1e-2)
+
+
 def test_noise_has_the_stated_width_and_is_reproducible() -> None:
     class Still(Magnet):
         def _read(self, block: SaturationBlock) -> np.ndarray:
