@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from scansteer.core import nuisance
+from scansteer.core.nuisance import Axis, Measured
+
+T1 = Axis("t1_s", 1.0, 3.0, n_nodes=5, logarithmic=True)
+B1 = Axis("b1_relative", 0.9, 1.1, n_nodes=3)
+
+
+def at_nodes(axes, function):
+    return function(*nuisance.tensor_nodes(axes).T)
+
+
+def test_measured_nuisance_gives_value_and_scaled_derivative():
+    weights = nuisance.columns([T1], {"t1_s": Measured(1.7, 0.05)})[0]
+    mean, slope = weights @ at_nodes([T1], lambda t1: np.exp(-1 / t1))
+    assert mean == pytest.approx(np.exp(-1 / 1.7), abs=1e-4)
+    assert slope == pytest.approx(0.05 * np.exp(-1 / 1.7) / 1.7**2, rel=1e-2)
+
+
+def test_unmeasured_nuisance_gives_mean_and_standard_deviation_of_a_linear_signal():
+    mean, slope = nuisance.columns([B1], {})[0] @ at_nodes([B1], lambda b1: 3 + 5 * b1)
+    assert mean == pytest.approx(8.0)
+    assert slope == pytest.approx(5 * 0.2 / np.sqrt(12))
+
+
+def test_second_order_catches_a_signal_that_is_even_about_the_centre():
+    axis = Axis("b0_ppm", -0.1, 0.1, order=2)
+    mean, first, second = nuisance.columns([axis], {})[0] @ at_nodes([axis], lambda b0: b0**2)
+    assert mean == pytest.approx(0.1**2 / 3)
+    assert first == pytest.approx(0, abs=1e-12)
+    assert first**2 + second**2 == pytest.approx(0.1**4 * (1 / 5 - 1 / 9))  # the variance of x^2
+
+
+def test_slices_keep_mean_and_variance_of_the_range():
+    axis = B1._replace(n_slices=4)
+    parts = nuisance.columns([axis], {}) @ at_nodes([axis], lambda b1: b1)
+    assert parts.shape == (4, 2)
+    assert parts[:, 0].mean() == pytest.approx(1.0)
+    assert parts[:, 0].var() + (parts[:, 1] ** 2).mean() == pytest.approx(0.2**2 / 12)
+
+
+def test_axes_combine_in_the_order_of_the_tensor_nodes():
+    axes = [T1, B1]
+    weights = nuisance.columns(axes, {"t1_s": Measured(2.0, 0.1)})[0]
+    mean, by_t1, by_b1 = weights @ at_nodes(axes, lambda t1, b1: np.log(t1) * b1)
+    assert mean == pytest.approx(np.log(2.0))
+    assert by_t1 == pytest.approx(0.1 / 2.0, rel=1e-6)
+    assert by_b1 == pytest.approx(np.log(2.0) * 0.2 / np.sqrt(12))
+    assert nuisance.coefficients(axes, {"t1_s"}) == ["t1_s", "b1_relative"]
+
+
+def test_offset_is_one_more_column_that_reads_one():
+    weights = nuisance.with_offset(nuisance.columns([B1], {}), 0.05, 0.02)[0]
+    signals = np.append(at_nodes([B1], lambda b1: b1), 1.0)
+    np.testing.assert_allclose(weights @ signals, [1.05, 0.2 / np.sqrt(12), 0.02])
+
+
+def test_no_axes_leave_the_signal_alone():
+    np.testing.assert_array_equal(nuisance.columns([], {}), np.ones((1, 1, 1)))

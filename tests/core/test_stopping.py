@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from scansteer.core import stopping
+from scansteer.core.stopping import Region, Rule
+
+RULE = Rule(halfwidth_relative=(0.2, 0.3), fraction_converged=0.9, n_min=4, confirmations=2)
+
+
+def run(fractions, vetoes=()):
+    state, verdicts = stopping.init(), []
+    for n, fraction in enumerate(fractions, start=1):
+        state, verdict = stopping.update(RULE, state, n, [Region("a", fraction)], "no fit" if n in vetoes else None)
+        verdicts.append(verdict)
+    return state, verdicts
+
+
+def test_stop_needs_enough_images_and_confirmations():
+    state, verdicts = run([1.0, 1.0, 1.0, 1.0, 1.0])
+    assert [verdict.stop for verdict in verdicts] == [False, False, False, True, True]
+    assert state.would_stop_at == 4
+
+
+def test_a_setback_restarts_the_confirmations():
+    _, verdicts = run([1, 1, 1, 0.5, 1, 1])
+    assert [verdict.stop for verdict in verdicts] == [False] * 5 + [True]
+    assert "50%" in verdicts[3].reason
+
+
+def test_veto_prevents_a_stop_and_names_itself():
+    state, verdicts = run([1.0] * 6, vetoes={5})
+    assert not verdicts[4].stop
+    assert verdicts[4].reason == "no fit"
+    assert not verdicts[5].stop  # the confirmations start again
+    assert state.would_stop_at == 4  # the first call is remembered
+
+
+def test_the_slowest_region_decides():
+    _, verdict = stopping.update(RULE, stopping.State(5, None), 9, [Region("a", 1.0), Region("b", 0.2)], None)
+    assert not verdict.stop
+    assert "'b'" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("halfwidth", "edge_mass", "expected"),
+    [((0.1, 0.1), (0.0, 0.0), True), ((0.3, 0.1), (0.0, 0.0), False), ((0.1, 0.1), (0.0, 0.03), False), ((np.inf, 0.1), (0.0, 0.0), False)],
+)
+def test_a_voxel_converges_when_both_targets_are_met_and_the_prior_does_not_limit_it(halfwidth, edge_mass, expected):
+    assert stopping.converged(RULE, np.array([halfwidth]), np.array([edge_mass]))[0] == expected
+
+
+def test_halfwidth_of_an_estimate_at_zero_is_infinite():
+    width = stopping.relative_halfwidth(np.array([[0.0, 2.0]]), np.array([[0.0, 1.0]]), np.array([[1.0, 3.0]]))
+    np.testing.assert_array_equal(width, [[np.inf, 0.5]])
