@@ -1,0 +1,68 @@
+"""The pulses among which the next one is chosen: a fixed lattice over what the scan's limits allow, the schedule aside."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+
+from scansteer.protocols.limits import Blocks, within_ranges
+from scansteer.protocols.scan import Range, Scan
+
+AT_LEAST = 500
+"""Pulses to choose from, whatever the limits leave free."""
+_LEVELS = {"b1_ut": 10, "offset_ppm": 6, "t_sat_s": 3, "t_rec_s": 3}
+_LARGEST_LATTICE = 20_000
+
+
+def candidates(scan: Scan, at_least: int = AT_LEAST) -> Blocks:
+    """Amplitudes x offsets x saturation times x recoveries within the limits, and images without saturation.
+
+    The unsaturated ones (b1 = 0) come first, one per recovery, with the shortest t_sat. Amplitudes are denser where they are
+    small (power 1.5), times are even in the logarithm; offsets are the ends of the range, the solutes' shifts and their mirror
+    images, then the middle of the widest gap, again and again. Where a range has no width the others are cut finer, until there
+    are `at_least` (fewer only if the duty cycle leaves next to no RF). Deterministic.
+    """
+    levels = dict(_LEVELS)
+    free = ["b1_ut", *(name for name in ("t_sat_s", "t_rec_s", "offset_ppm") if _is_wide(getattr(scan.limits, name)))]
+    levels |= dict.fromkeys(set(levels) - set(free), 1)
+    turn = 0
+    while len(made := _lattice(scan, levels)) < at_least and math.prod(levels.values()) < _LARGEST_LATTICE:
+        name = free[turn % len(free)]
+        levels[name] = -(-5 * levels[name] // 4)
+        turn += 1
+    return made
+
+
+def _lattice(scan: Scan, levels: dict[str, int]) -> Blocks:
+    limits = scan.limits
+    t_sat, t_rec = _times(limits.t_sat_s, levels["t_sat_s"]), _times(limits.t_rec_s, levels["t_rec_s"])
+    offsets = _offsets(scan, levels["offset_ppm"])
+    n = levels["b1_ut"]
+    amplitudes = limits.b1_max_ut * (np.arange(1, n + 1) / n) ** 1.5
+    unsaturated = [(0.0, offsets[0], t_sat[0], recovery) for recovery in t_rec]
+    rows = np.array([*unsaturated, *product(amplitudes, offsets, t_sat, t_rec)])
+    made = Blocks(*rows.T)
+    return made.take(within_ranges(limits, scan.train, made) & (made.duration_s > 0))
+
+
+def _is_wide(box: Range) -> bool:
+    return box.upper > box.lower
+
+
+def _times(box: Range, n: int) -> np.ndarray:
+    if n == 1 or not _is_wide(box):
+        return np.array([box.upper])
+    spaced = np.geomspace if box.lower > 0 else np.linspace
+    return np.clip(spaced(box.lower, box.upper, n), box.lower, box.upper)
+
+
+def _offsets(scan: Scan, n: int) -> np.ndarray:
+    box = scan.limits.offset_ppm
+    shifts = [sign * pool.offset_ppm for pool in scan.pools if pool.kind == "solute" for sign in (1, -1)]
+    chosen = sorted({box.lower, box.upper, *(shift for shift in shifts if box.lower <= shift <= box.upper)})
+    while len(chosen) < n and _is_wide(box):
+        gap = int(np.argmax(np.diff(chosen)))
+        chosen.insert(gap + 1, 0.5 * (chosen[gap] + chosen[gap + 1]))
+    return np.array(chosen)
