@@ -51,6 +51,8 @@ class Pulse:
     shape_phase_rad: np.ndarray
     frequency_hz: float
     phase_rad: float
+    dwell_s: float
+    """Spacing of the shape's samples [s]."""
     key: tuple
     """Equal for pulses of the same steps."""
 
@@ -264,11 +266,12 @@ class _Reader:
         delay, frequency, offset = (float(word) for word in row[4 + timed : 7 + timed])
         if delay < 0:
             raise InputError(f"{self.source}: RF event {row[0]} has a delay of {delay:g} us; times must not be negative.")
-        duration, size, angle = self._steps(magnitude, phase, time)
-        return Pulse(delay * 1e-6, duration, amplitude * size, angle, frequency, offset, (amplitude, magnitude, phase, time))
+        duration, size, angle, dwell = self._steps(magnitude, phase, time)
+        key = (amplitude, magnitude, phase, time)
+        return Pulse(delay * 1e-6, duration, amplitude * size, angle, frequency, offset, dwell, key)
 
-    def _steps(self, magnitude: int, phase: int, time: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Durations, relative amplitudes and phases [rad] of the steps of constant RF; zeros at the end are no RF and left out."""
+    def _steps(self, magnitude: int, phase: int, time: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """Durations, relative amplitudes and phases [rad] of the steps of constant RF, and the dwell; zeros at the end are left out."""
         size = self.shapes[magnitude]
         angle = self.shapes[phase] if phase else Shape(np.zeros(1), np.array([size.n_samples]))
         dwell = self.raster
@@ -281,7 +284,7 @@ class _Reader:
         values, turns = size.at(starts), angle.at(starts)
         last = np.flatnonzero(np.abs(values) > 1e-6)
         stop = last[-1] + 1 if last.size else 0
-        return (ends - starts)[:stop] * dwell, values[:stop], 2 * np.pi * turns[:stop]
+        return (ends - starts)[:stop] * dwell, values[:stop], 2 * np.pi * turns[:stop], dwell
 
     def _timed(self, size: Shape, angle: Shape, time: Shape) -> tuple[Shape, Shape, float]:
         """Shapes given at times of their own: held where these are the centres of equal intervals, else joined by straight lines."""

@@ -241,8 +241,10 @@ def _play(pulse: Pulse, steps: tuple, accumulated: float, block: Block) -> list[
     rf = np.zeros((7, duration.size))
     rf[0], rf[1], rf[2] = duration, amplitude, pulse.frequency_hz
     rf[3] = -turn + pulse.phase_rad - accumulated
-    rest = max(block.duration_s - pulse.delay_s - pulse.length_s, 0.0)
-    return [_row(time) if rf_part is None else rf_part for time, rf_part in ((pulse.delay_s, None), (0.0, rf), (rest, None)) if time or rf_part is not None]
+    rest = block.duration_s - pulse.delay_s - pulse.length_s
+    before = [_row(pulse.delay_s)] if pulse.delay_s > 0 else []
+    after = [_row(rest)] if rest > 1e-12 else []
+    return [*before, rf, *after]
 
 
 def decimate(pulse: Pulse, max_samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -254,7 +256,7 @@ def decimate(pulse: Pulse, max_samples: int) -> tuple[np.ndarray, np.ndarray, np
     duration, amplitude, turn = pulse.duration_s, pulse.amplitude_hz, pulse.shape_phase_rad
     if duration.size <= max_samples:
         return duration, amplitude, turn
-    dwell = duration.min()
+    dwell = pulse.dwell_s
     ends = np.round(np.cumsum(duration) / dwell).astype(int)
     stride = math.ceil(ends[-1] / max_samples)
     taken = np.arange(0, ends[-1], stride)
