@@ -68,8 +68,7 @@ def run_demo(out: Path, console: Console | None = None, *, scan: Scan | None = N
         with Client(endpoint, timeout_s=20.0) as client, DecisionLog(out / "decisions.jsonl") as log:
             session_id = _open_session(client, scan, phantom)
             magnet = _wait_until_ready(client, session_id, scan, phantom, console)
-            n_images = _scan(client, endpoint, session_id, scan, magnet, log, console, speed)
-            _take_decisions(client, session_id, log, n_images)
+            _scan(client, endpoint, session_id, scan, magnet, log, console, speed)
             maps = client.maps(session_id)
             summary = client.close_session(session_id)
     write_outputs(out, log.decisions, phantom.geometry, maps, summary)
@@ -145,8 +144,8 @@ def _scan(
     log: DecisionLog,
     console: Console,
     speed: float,
-) -> int:
-    """Run the scan with a progress display; the number of images acquired."""
+) -> None:
+    """Run the scan with a progress display, until every image has its decision."""
     columns = (TextColumn("image"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Controller(session_id, endpoint, mode="acting") as adviser, Progress(*columns, console=console) as progress:
         if not adviser.wait_connected(10.0):
@@ -165,8 +164,8 @@ def _scan(
             speed=speed,
             on_image=show,
         )
+        _take_decisions(client, session_id, log, n_images)
         progress.update(task, description=_brief(log.decisions))
-    return n_images
 
 
 def _take_decisions(client: Client, session_id: str, log: DecisionLog, n_expected: int | None = None) -> None:
@@ -202,10 +201,10 @@ def _note(message: WireMessage, client: Client, log: DecisionLog) -> None:
 
 def _brief(decisions: list[Decision]) -> str:
     if not decisions:
-        return "waiting for the first decision"
+        return "no decision yet"
     last = decisions[-1]
     converged = min((region.fraction_converged for region in last.regions), default=0.0)
-    return f"{last.action}: {converged:.0%} of voxels converged in the slowest vial"
+    return f"{last.action}, {converged:.0%} converged"
 
 
 def _say_what_came_out(
