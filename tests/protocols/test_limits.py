@@ -157,13 +157,11 @@ def test_what_was_played_counts_until_it_has_left_the_window():
 
 
 def test_a_window_that_ends_inside_the_block_is_looked_at():
-    """Ten seconds that begin with the first pulse end in the middle of the second: worse than at its end."""
-    history = [Played(0.0, one(4.0, 2.0, 0.0).block(0))]
-    late = one(4.0, 6.0, 0.0)
-    worst = worst_b1rms(Train(), history, Played(6.0, late.block(0)), 10.0)
-    assert worst == pytest.approx(np.sqrt(16 * 6.0 / 10), rel=1e-2)
+    """Ten seconds that begin with a strong pulse end in the middle of the block, and are worse than those that end with it."""
+    history = [Played(0.0, one(8.0, 1.0, 0.0).block(0))]
+    ceiling = np.sqrt((8.0**2 * 1 + 4.0**2 * 4) / 10)
     timing = np.array([[6.0, 0.0]])
-    assert limits.largest_amplitude(ten_seconds(worst), Train(), history, timing, 6.0)[0] == pytest.approx(4.0, rel=1e-2)
+    assert limits.largest_amplitude(ten_seconds(ceiling), Train(), history, timing, 6.0)[0] == pytest.approx(4.0)
 
 
 def test_a_train_counts_with_its_own_duty_cycle():
