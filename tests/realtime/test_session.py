@@ -1,0 +1,176 @@
+"""The session on a small digital phantom: six images, everything known."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from scansteer.core.errors import InputError
+from scansteer.protocols.larg_phantom import PUBLISHED
+from scansteer.protocols.scan import Auxiliary, Noise, Scan
+from scansteer.realtime.images import Frame, Geometry
+from scansteer.realtime.messages import Decision, Pulse
+from scansteer.realtime.session import Session
+from scansteer.realtime.worker import Setup
+from scansteer.simulators.phantom import Magnet, three_vials
+
+N = 8
+
+
+@pytest.fixture(scope="module")
+def scan() -> Scan:
+    return PUBLISHED.model_copy(
+        update={
+            "matrix": None,
+            "schedule": tuple(PUBLISHED.schedule[i] for i in (17, 0, 2, 10, 5, 7, 3, 18)),
+            "auxiliaries": {
+                "t1_s": Auxiliary(lower=2.5, upper=3.3, map_error_relative=0.03),
+                "t2_s": Auxiliary(lower=0.6, upper=1.2, map_error_relative=0.05),
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def frames(scan: Scan) -> list[Frame]:
+    phantom = three_vials(scan)
+    magnet = Magnet(phantom, scan, seed=1)
+    return [Frame(magnet.play(block), phantom.geometry, repetition=i) for i, block in enumerate(scan.schedule)]
+
+
+def mask(scan: Scan) -> Frame:
+    phantom = three_vials(scan)
+    return Frame(phantom.labels.astype(float), phantom.geometry, role="mask")
+
+
+def session(scan: Scan, **kwargs) -> Session:
+    return Session(Setup("test", scan, region=mask(scan), region_names=("a", "b", "c"), **kwargs))
+
+
+def play(one: Session, frames: list[Frame], pulse: Pulse | None = None) -> list[Decision]:
+    return [one.absorb(frame, received_at=time.perf_counter(), pulse=pulse) for frame in frames]
+
+
+def timeless(decision: Decision) -> dict:
+    return decision.model_dump(exclude={"latency_ms", "margin_ms"})
+
+
+@pytest.fixture(scope="module")
+def played(scan: Scan, frames: list[Frame]) -> tuple[Session, list[Decision], int]:
+    """A whole scan, and how often something was compiled after the session was ready."""
+    compiled: list[str] = []
+    one = session(scan)
+
+    def note(event: str, *_: object, **__: object) -> None:
+        if "compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    decisions = play(one, frames)
+    seen = len(compiled)
+    compiled.clear()
+    return one, decisions, seen
+
+
+def test_nothing_is_compiled_after_ready(played):
+    assert played[2] == 0
+
+
+def test_every_decision_carries_its_regions_and_counts(played, scan):
+    _, decisions, _ = played
+    assert [decision.n_images for decision in decisions] == list(range(1, N + 1))
+    for decision in decisions:
+        assert [region.name for region in decision.regions] == ["a", "b", "c"]
+        assert decision.n_planned == N
+        assert decision.valid_until_repetition == decision.repetition + 1
+        for region in decision.regions:
+            assert set(region.parameters) == {"fs", "ksw"}
+            assert 0 <= region.fraction_converged <= 1
+    assert decisions[0].regions[0].cr_shrinkage is None
+    last, before = decisions[-1].regions[0], decisions[-2].regions[0]
+    assert last.cr_shrinkage == pytest.approx(last.cr_area_median / before.cr_area_median)
+
+
+def test_truth_of_each_vial_lies_in_its_intervals_at_the_end(played, scan):
+    one, _, _ = played
+    phantom, maps = three_vials(scan), one.maps()
+    for name in ("fs", "ksw"):
+        inside = (phantom.truth(name) >= maps[f"{name}_lower"]) & (phantom.truth(name) <= maps[f"{name}_upper"])
+        assert np.mean(inside[phantom.labels > 0]) > 0.85
+    assert np.all(np.isfinite(maps["nrmse"][phantom.labels > 0]))
+    assert np.all(np.isnan(maps["nrmse"][phantom.labels == 0]))
+
+
+def test_replaying_the_first_images_gives_the_same_decisions_bit_for_bit(played, scan, frames):
+    again = play(session(scan), frames[:5])
+    assert [timeless(decision) for decision in again] == [timeless(decision) for decision in played[1][:5]]
+
+
+def test_a_missing_image_leaves_the_pulse_in_the_history(scan, frames):
+    one = session(scan)
+    play(one, frames[:3])
+    one.absorb_missing(3)
+    decision = play(one, frames[4:5])[0]
+    assert (decision.n_images, decision.repetition) == (4, 4)
+    assert decision.lack_of_fit.passed
+
+
+def test_the_pulse_really_played_is_what_counts(scan):
+    """Images of another schedule, described by the pulses that were played, fit; described by the schedule they do not."""
+    blocks = [scan.schedule[i] for i in (3, 5, 1, 0, 7, 2, 4, 6)]
+    phantom = three_vials(scan)
+    magnet = Magnet(phantom, scan, seed=2)
+    played = [Frame(magnet.play(block), phantom.geometry, repetition=i) for i, block in enumerate(blocks)]
+    told = session(scan)
+    for frame, block in zip(played, blocks, strict=True):
+        told.absorb(frame, received_at=0.0, pulse=Pulse(**block.model_dump()))
+    untold = session(scan)
+    play(untold, played)
+    assert told.summary().nrmse_median < 0.5 * untold.summary().nrmse_median
+
+
+@pytest.mark.parametrize("pixels", [np.nan, 0.0])
+def test_unusable_images_are_refused_and_change_nothing(scan, frames, pixels):
+    one = session(scan)
+    play(one, frames[:2])
+    bad = Frame(np.full_like(frames[2].pixels, pixels), frames[2].geometry, repetition=2)
+    with pytest.raises(InputError, match="repetition 2|image"):
+        one.absorb(bad, received_at=0.0)
+    one.absorb(frames[2], received_at=0.0)
+    assert one.summary().n_images == 3
+
+
+def test_an_image_of_another_geometry_is_refused(scan, frames):
+    one = session(scan)
+    play(one, frames[:1])
+    other = Frame(frames[1].pixels[:, :-1], Geometry((frames[1].geometry.matrix[0], frames[1].geometry.matrix[1] - 1, 1)), repetition=1)
+    with pytest.raises(InputError, match="matrix"):
+        one.absorb(other, received_at=0.0)
+
+
+def test_an_image_out_of_order_is_refused(scan, frames):
+    one = session(scan)
+    play(one, frames[:2])
+    with pytest.raises(InputError, match="order"):
+        one.absorb(frames[0], received_at=0.0)
+
+
+def test_measured_maps_narrow_the_intervals(scan, frames, played):
+    phantom = three_vials(scan)
+    maps = {
+        role: Frame(1e3 * np.nan_to_num(phantom.truth(name), nan=0.0), phantom.geometry, role=role)
+        for role, name in (("t1", "t1_s"), ("t2", "t2_s"))
+    }
+    one = session(scan, auxiliaries=maps)
+    decision = play(one, frames)[-1]
+    areas, wider = ([region.cr_area_median for region in d.regions] for d in (decision, played[1][-1]))
+    assert np.all(np.array(areas) < np.array(wider))
+
+
+def test_a_noisier_scan_says_so(scan, frames, played):
+    loud = scan.model_copy(update={"noise": Noise(sigma=200.0)})
+    decision = play(session(loud), frames)[-1]
+    assert decision.regions[0].cr_area_median > 2 * played[1][-1].regions[0].cr_area_median
