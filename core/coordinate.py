@@ -1,0 +1,86 @@
+"""The coordinate in which a posterior over the box of (f, k) may be called Gaussian: the probit of the prior's distribution function.
+
+z = Phi^-1(P(x)), where P is the prior's distribution function of one parameter. The prior is then exactly N(0, 1) in each coordinate, so a
+posterior that knows nothing is Gaussian, one at the box's edge has nowhere to fall over, and a narrow one is as Gaussian as it was.
+"""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax.scipy.special import ndtr, ndtri
+from jaxtyping import Array, Float
+
+from scansteer.core.lattice import Box
+
+REACH = 5.0
+"""Beyond this |z| lies 6e-7 of the prior; values are held there."""
+
+
+class Coordinate(eqx.Module):
+    """The box, and which of its two priors are log-uniform (the others are uniform)."""
+
+    lower: Float[Array, " 2"]
+    upper: Float[Array, " 2"]
+    logarithmic: tuple[bool, bool] = eqx.field(static=True)
+
+    def value(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The parameter at z, in its own unit; of z's precision."""
+        lower, upper = self.lower[axis].astype(z.dtype), self.upper[axis].astype(z.dtype)
+        share = ndtr(jnp.clip(z, -REACH, REACH))
+        return lower * (upper / lower) ** share if self.logarithmic[axis] else lower + (upper - lower) * share
+
+    def z(self, axis: int, value: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Inverse of `value`, held within the reach."""
+        lower, upper = self.lower[axis].astype(value.dtype), self.upper[axis].astype(value.dtype)
+        share = jnp.log(value / lower) / jnp.log(upper / lower) if self.logarithmic[axis] else (value - lower) / (upper - lower)
+        edge = ndtr(jnp.asarray(-REACH, value.dtype))
+        return ndtri(jnp.clip(share, edge, 1 - edge))
+
+    def place(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Where z lies on the lattice's own axis, 0 .. 1 (the square root of the distance from the lower bound)."""
+        if self.logarithmic[axis]:
+            lower, upper = self.lower[axis].astype(z.dtype), self.upper[axis].astype(z.dtype)
+            return jnp.sqrt((self.value(axis, z) - lower) / (upper - lower))
+        return jnp.sqrt(ndtr(jnp.clip(z, -REACH, REACH)))
+
+    def from_place(self, axis: int, place: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Inverse of `place`."""
+        lower, upper = self.lower[axis].astype(place.dtype), self.upper[axis].astype(place.dtype)
+        return self.z(axis, lower + (upper - lower) * jnp.square(place))
+
+
+def of_box(box: Box, logarithmic: tuple[bool, bool]) -> Coordinate:
+    """The coordinate of a lattice's box."""
+    return Coordinate(jnp.asarray(box.lower), jnp.asarray(box.upper), logarithmic)
+
+
+def points(mean: Float[Array, "voxel 2"], root: Float[Array, "voxel 3"], stencil: Float[Array, "point 2"]) -> Float[Array, "voxel point 2"]:
+    """mean + C e for every e of the stencil; `root` holds the lower triangle C11, C21, C22."""
+    first = mean[:, :1] + root[:, :1] * stencil[:, 0]
+    second = mean[:, 1:] + root[:, 1:2] * stencil[:, 0] + root[:, 2:] * stencil[:, 1]
+    return jnp.stack([first, second], axis=-1)
+
+
+def covariance(root: Float[Array, "*voxel 3"]) -> Float[Array, "*voxel 2 2"]:
+    """C C' of the lower triangle C11, C21, C22."""
+    c11, c21, c22 = (root[..., i] for i in range(3))
+    return jnp.stack([jnp.stack([c11**2, c11 * c21], -1), jnp.stack([c11 * c21, c21**2 + c22**2], -1)], -2)
+
+
+def root_of(covariance: Float[Array, "*voxel 2 2"]) -> Float[Array, "*voxel 3"]:
+    """The lower triangle C11, C21, C22 of a covariance."""
+    c11 = jnp.sqrt(covariance[..., 0, 0])
+    c21 = covariance[..., 1, 0] / c11
+    return jnp.stack([c11, c21, jnp.sqrt(jnp.maximum(covariance[..., 1, 1] - c21**2, 1e-12))], -1)
+
+
+def whiten(offset: Float[Array, "*any 2"], root: Float[Array, "*any 3"]) -> Float[Array, "*any 2"]:
+    """C^-1 offset."""
+    first = offset[..., 0] / root[..., 0]
+    return jnp.stack([first, (offset[..., 1] - root[..., 1] * first) / root[..., 2]], -1)
+
+
+def log_normal(whitened: Float[Array, "*any 2"], root: Float[Array, "*any 3"]) -> Float[Array, "*any"]:
+    """log density of N(0, C C') where C^-1 x is `whitened`."""
+    return -0.5 * jnp.sum(whitened**2, -1) - jnp.log(root[..., 0] * root[..., 2]) - jnp.log(2 * jnp.pi)
