@@ -25,6 +25,8 @@ from scansteer.core.tissue import Pool, Tissue
 
 MAX_SQUARINGS = 26
 """Scaling by 2^26 holds a generator of norm 6e7; beyond it the result is NaN rather than wrong."""
+SHORTEST_TURNED_T2 = 1e-3
+"""Pools of shorter T2 [s] are not turned by a tip."""
 DEGREE = 16
 """Degree of the Taylor polynomial; with norm below 1 its remainder is 3e-15."""
 
@@ -302,18 +304,21 @@ def _complex_rates(tissue, duration, offset, shape):
 
 
 def turn(tissue: Tissue, angle) -> Affine:
-    """Instantaneous turn of all x-y-z pools by `angle` [rad] from z towards x.
+    """Turn of water and the x-y-z pools by `angle` [rad] from z towards x, by a pulse too short for anything else to happen.
 
-    A positive angle lays Mz along the effective field of RF above resonance, phase 0.
+    A positive angle lays Mz along the effective field of RF above resonance, phase 0. Pools of T2 below a millisecond do not follow: real tips
+    take about that long.
     """
     n, shape = n_transverse(tissue), cell_shape(tissue)
     size = 2 * n + 1 + len(tissue.pools)
-    z = [2 * n, *(2 * n + i for i, pool in enumerate(tissue.pools, start=1) if is_transverse(pool))]
-    cosine = [(row, row, 1) for pair in enumerate(z) for row in pair]
-    sine = [entry for x, row in enumerate(z) for entry in ((x, row, 1), (row, x, -1))]
-    rest = [(row, row, 1) for row in range(n, size) if row not in z]
-    turned = _once(lambda angle: (jnp.cos(angle), jnp.sin(angle)), angle)
-    terms = [(turned[0], cosine), (turned[1], sine), (1.0, rest)]
+    followers = [(0, 2 * n, angle)]
+    for z, pool in enumerate(tissue.pools, start=2 * n + 1):
+        if is_transverse(pool):
+            followers.append((len(followers), z, jnp.where(pool.t2 > SHORTEST_TURNED_T2, angle, 0.0)))
+    waves = _once(lambda angles: [(jnp.cos(a), jnp.sin(a)) for a in angles], [a + jnp.zeros(shape) for *_, a in followers])
+    terms = [(1.0, [(row, row, 1) for row in range(n, size) if row not in [z for _, z, _ in followers]])]
+    for (x, z, _), (cosine, sine) in zip(followers, waves, strict=True):
+        terms += [(cosine, [(x, x, 1), (z, z, 1)]), (sine, [(x, z, 1), (z, x, -1)])]
     return Affine(_assemble(terms, (size, size), shape), jnp.zeros((size, *shape)))
 
 

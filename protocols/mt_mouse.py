@@ -52,3 +52,15 @@ SCAN = Scan(
         b1rms_6min_ut=3.0,
     ),
 )
+
+UNSATURATED = SaturationBlock(b1_ut=0.0, offset_ppm=8.0, t_sat_s=2.5, t_rec_s=12.5)
+"""The reference image of the 31-image protocols, after 15 s of recovery in all."""
+
+WITH_REFERENCE = Scan.model_validate(
+    SCAN.model_dump()
+    | {
+        "name": "mt-mouse-7T",
+        "description": "Mouse brain, 7 T, semisolid MT, unsaturated image (TR 15 s) + 30 CW images at 6-14 ppm, T1 and T2 maps",
+        "schedule": (UNSATURATED, *SCAN.schedule),
+    }
+)
