@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from scansteer.core.errors import InputError, ScansteerError
 from scansteer.protocols.scan import Scan, explain
 from scansteer.realtime import metrics
-from scansteer.realtime.codec import Bytes, ProtocolError, decode, encode, encode_arrays
+from scansteer.realtime.codec import Bytes, ProtocolError, decode, encode, encode_answer, encode_arrays
 from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.hosted import Folder, HostedSession, same_opening
 from scansteer.realtime.journal import JournalError, sync_folder
@@ -307,17 +307,18 @@ class Broker:
             accepted = known.model_copy(update={"request_id": message.request_id})
             return self._hold(message.session_id, _to(identity, accepted))  # its first copy may not be durable yet
         session.check_image(message, body)
-        entry = session.append(frames)
+        entry = session.append(frames, message.crc32)
         session.times.received[message.repetition] = received
         session.apply(message, entry)
         self.metrics.images += 1
-        accepted = Accepted(
+        accepted = encode_answer(
+            Accepted,
             request_id=message.request_id,
             session_id=message.session_id,
             sequence_number=entry.sequence,
             repetition=message.repetition,
         )
-        outgoing = self._hold(message.session_id, _to(identity, accepted))
+        outgoing = self._hold(message.session_id, Outgoing(identity, accepted))
         return outgoing + self._ask_for_gaps(message.session_id, session, self._attendance[message.session_id], self._clock())
 
     def _open(self, identity: bytes, message: Open, frames: Sequence[Bytes], user: str) -> list[Outgoing]:

@@ -7,6 +7,7 @@ number of frames, sizes, envelope, version, kind, fields, number and sizes of bo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import msgpack
@@ -48,6 +49,17 @@ def encode(message: WireMessage, bodies: Iterable[Bytes] = ()) -> list[Bytes]:
     """The frames of a message."""
     envelope: bytes = msgpack.packb(message.model_dump())  # type: ignore[assignment]  # None only for a stream
     return [envelope, *bodies]
+
+
+def encode_answer(kind: type[WireMessage], **values: Any) -> list[Bytes]:
+    """The frames of a message whose values were checked already: `encode(kind(**values))` in a fraction of the time."""
+    envelope: bytes = msgpack.packb({**_defaults(kind), **values})  # type: ignore[assignment]
+    return [envelope]
+
+
+@cache
+def _defaults(kind: type[WireMessage]) -> dict[str, Any]:
+    return {name: field.default for name, field in kind.model_fields.items() if not field.is_required()}
 
 
 def decode(frames: Sequence[Bytes], *, max_body_bytes: int = MAX_BODY_BYTES) -> tuple[WireMessage, Sequence[Bytes]]:
@@ -109,7 +121,7 @@ def _unpack(envelope: Bytes) -> dict[str, Any]:
         fields = msgpack.unpackb(envelope)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError, OverflowError) as error:
         raise ProtocolError("malformed", f"The envelope is not msgpack: {type(error).__name__}.") from error
-    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
+    if not isinstance(fields, dict) or set(map(type, fields)) - {str}:
         raise ProtocolError("malformed", "The envelope is not a mapping of field names.")
     return fields
 

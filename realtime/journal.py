@@ -8,12 +8,14 @@ only then is anything said about the record to anybody.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from scansteer.core.errors import ScansteerError
 
@@ -36,8 +38,7 @@ class DiskFullError(JournalError):
     """There was no room for a record; the journal is as it was before."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a record lies, and what its frames must be."""
 
     sequence: int
@@ -54,8 +55,7 @@ class Entry:
         return self.body_offset + sum(self.lengths)
 
 
-@dataclass(frozen=True)
-class Damage:
+class Damage(NamedTuple):
     """A stretch of the file that does not check: offset, and how far it goes."""
 
     offset: int
@@ -112,8 +112,13 @@ class Journal:
             os.fsync(descriptor)
         return cls(descriptor, path, end, entries[-1].sequence + 1 if entries else 0), entries, damages
 
-    def append(self, frames: Sequence[Bytes]) -> Entry:
+    def append(self, frames: Sequence[Bytes], body_crc32: int | None = None) -> Entry:
         """Write one record at the end. Not durable before `sync` returned.
+
+        Parameters
+        ----------
+        body_crc32
+            CRC-32 of the second of two frames, where the caller has computed it already.
 
         Raises
         ------
@@ -124,11 +129,15 @@ class Journal:
         """
         if self._broken:
             raise JournalError(f"Journal {self.path} failed before; restart the service when the disk is well.")
-        entry = Entry(
-            self.next_sequence, self.end, tuple(len(frame) for frame in frames), tuple(zlib.crc32(frame) for frame in frames)
-        )
-        self._write(entry, [_head(entry), *frames])
-        self.end = entry.end
+        if body_crc32 is not None and len(frames) == 2:
+            checksums = (zlib.crc32(frames[0]), body_crc32)
+        else:
+            checksums = tuple(map(zlib.crc32, frames))
+        entry = Entry(self.next_sequence, self.end, tuple(map(len, frames)), checksums)
+        head = _head(entry)
+        end = self.end + len(head) + sum(entry.lengths)
+        self._write(end, entry.offset, [head, *frames])
+        self.end = end
         self.next_sequence += 1
         return entry
 
@@ -161,17 +170,17 @@ class Journal:
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def _write(self, entry: Entry, parts: list[Bytes]) -> None:
-        expected = entry.end - entry.offset
+    def _write(self, end: int, offset: int, parts: list[Bytes]) -> None:
+        expected = end - offset
         try:
-            written = os.pwritev(self._descriptor, parts, entry.offset)
+            written = os.pwritev(self._descriptor, parts, offset)
             if written == expected:
                 return
             rest = memoryview(b"".join(parts))[written:]
             while rest:
-                rest = rest[os.pwrite(self._descriptor, rest, entry.end - len(rest)) :]
+                rest = rest[os.pwrite(self._descriptor, rest, end - len(rest)) :]
         except OSError as error:
-            self._undo(entry.offset)
+            self._undo(offset)
             raise DiskFullError(f"Journal {self.path} has no room for {expected} bytes: {error.strerror}.") from error
 
     def _undo(self, end: int) -> None:
@@ -216,10 +225,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def _head(entry: Entry) -> bytes:
-    head = _HEADER.pack(_RECORD_MARK, entry.sequence, len(entry.lengths)) + b"".join(
-        _FRAME.pack(length, checksum) for length, checksum in zip(entry.lengths, entry.checksums, strict=True)
-    )
+    n_frames = len(entry.lengths)
+    table = itertools.chain.from_iterable(zip(entry.lengths, entry.checksums, strict=True))
+    head = _head_format(n_frames).pack(_RECORD_MARK, entry.sequence, n_frames, *table)
     return head + _CRC.pack(zlib.crc32(head))
+
+
+@lru_cache(_MAX_FRAMES)
+def _head_format(n_frames: int) -> struct.Struct:
+    """`_HEADER` and `n_frames` times `_FRAME`, without padding."""
+    return struct.Struct(_HEADER.format + n_frames * _FRAME.format.lstrip("<"))
 
 
 def _scan_records(descriptor: int, size: int, path: Path) -> tuple[list[Entry], list[Damage]]:

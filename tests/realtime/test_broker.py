@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Sequence
 
+import ismrmrd
 import pytest
 
 from scansteer.realtime import journal
@@ -14,6 +15,7 @@ from scansteer.realtime.broker import Broker, Outgoing
 from scansteer.realtime.client import image_of
 from scansteer.realtime.codec import decode, encode
 from scansteer.realtime.config import Limits, ServeConfig
+from scansteer.realtime.hosted import IMAGE_FACTS
 from scansteer.realtime.messages import (
     Close,
     Control,
@@ -488,3 +490,10 @@ def test_an_image_is_not_mistaken_for_one_in_another_role(stage, opening, make_i
     assert kinds(stage.say(Image(session_id="s", crc32=zlib.crc32(body)), [body])) == ["accepted"]
     mask = make_image(0, meta={"DataRole": "MASK"})
     assert kinds(stage.say(image_of("s", mask, role="mask"), [mask])) == ["accepted"]
+
+
+def test_the_layout_of_an_image_is_that_of_its_library():
+    header = ismrmrd.ImageHeader(
+        data_type=1, matrix_size=(2, 3, 4), channels=5, slice=6, repetition=7, set=8, image_series_index=9, image_index=99
+    )
+    assert IMAGE_FACTS.unpack_from(bytes(header) + (10).to_bytes(8, "little")) == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)

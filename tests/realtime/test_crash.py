@@ -1,7 +1,7 @@
 """kill -9 at random moments: every accepted image is there, none twice, and decisions equal an undisturbed run's.
 
-The default run kills a service with a small stand-in for the posterior a handful of times. The long run (`-m long`) kills 180 times
-on a small scan and 20 times on the phantom, with the real posterior.
+The default run kills a service with a small stand-in for the posterior a handful of times. The long run (`-m long`) kills 180
+times on a small scan and 20 times on the phantom, with the real posterior.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Victim:
         self.endpoint = f"ipc://{folder}/service"
         self._kind = kind
         self._config = folder / "serve.yaml"
-        settings = {"endpoint": self.endpoint, "publish_endpoint": f"ipc://{folder}/publish", "data_dir": str(folder / "sessions")}
-        self._config.write_text(yaml.safe_dump(settings))
+        settings = {"endpoint": self.endpoint, "publish_endpoint": f"ipc://{folder}/publish"}
+        self._config.write_text(yaml.safe_dump({**settings, "data_dir": str(folder / "sessions")}))
         self.start()
 
     def start(self) -> None:
@@ -119,7 +119,8 @@ def small_scan() -> Scan:
         "t1_s": Auxiliary(lower=3.0, upper=3.0),
         "t2_s": Auxiliary(lower=1.0, upper=1.0),
     }
-    return PUBLISHED.model_copy(update={"schedule": PUBLISHED.schedule[:8], "auxiliaries": fixed, "matrix": None, "name": "small"})
+    changes = {"schedule": PUBLISHED.schedule[:8], "auxiliaries": fixed, "matrix": None, "name": "small"}
+    return PUBLISHED.model_copy(update=changes)
 
 
 def test_a_killed_service_goes_on_as_if_nothing_had_happened(tmp_path):

@@ -1,6 +1,7 @@
 """Mutated messages against server and gateway: no crash, no hang, no memory, and the session that runs beside is undisturbed.
 
-A few thousand by default, 100 000 in the long run (`-m long`). Mutations know the structure (fields, headers, lengths) or are raw bytes.
+A few thousand by default, 100 000 in the long run (`-m long`). Mutations know the structure (fields, headers, lengths) or are raw
+bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from scansteer.realtime.worker import Setup, run_job
 
 SEED = 4711
 VALUES = [
-    None, True, -1, 0, 1, 7, 65535, 65536, 2**31, 2**53, 2**63, -(2**40), 0.5, float("nan"), float("inf"), "", "s", "x" * 70, "a" * 5000,
+    None, True, -1, 0, 1, 7, 65535, 65536, 2**31, 2**53, 2**63, -(2**40), 0.5, float("nan"), float("inf"), "", "s", "x" * 5000,
     "../..", "image", "mask", "abort", b"", b"\xff" * 9, [], [1, 2], [-1], {}, {"a": {"b": [None]}}, [[[[[]]]]],
 ]  # fmt: skip
 
