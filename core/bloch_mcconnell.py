@@ -332,24 +332,26 @@ def free_longitudinal(tissue: Tissue, duration) -> Affine:
     full = lambda value: jnp.broadcast_to(value * duration, shape)  # noqa: E731
     back = [full(pool.k) for pool in tissue.pools]
     out = [full(pool.k * pool.f) for pool in tissue.pools]
-    decay = [full(1 / tissue.t1) + _total(out, shape), *(full(1 / pool.t1 + pool.k) for pool in tissue.pools)]
-    source = [full(1 / tissue.t1), *(full(pool.f / pool.t1) for pool in tissue.pools)]
-    count = len(decay)
-    into, from_ = [jnp.ones(shape), *out], [jnp.ones(shape), *back]
-    matrix = [[jnp.zeros(shape)] * count for _ in range(count)]
-    shift = [jnp.zeros(shape)] * count
-    for pole, weight in zip(rational.POLES, rational.WEIGHTS, strict=True):
+    decay = [_total([full(1 / tissue.t1), *out]), *(full(1 / pool.t1 + pool.k) for pool in tissue.pools)]
+    source = jnp.stack([full(1 / tissue.t1), *(full(pool.f / pool.t1) for pool in tissue.pools)])
+    ones = [jnp.ones(shape)]
+    into, from_ = jnp.stack(ones + out), jnp.stack(ones + back)
+    own = np.eye(len(decay)).reshape((len(decay),) * 2 + (1,) * len(shape))
+    own[0, 0] = 0.0
+
+    def add(total, at):
+        pole, weight = at
         local = [1 / (pole + rate) for rate in decay[1:]]
-        water = 1 / (pole + decay[0] - _total([k * kf * one for k, kf, one in zip(back, out, local, strict=True)], shape))
-        reach = [jnp.ones(shape), *local]
-        for row in range(count):
-            for column in range(count):
-                entry = into[row] * from_[column] * reach[row] * reach[column] * water
-                entry = entry + local[row - 1] if row == column > 0 else entry
-                matrix[row][column] = matrix[row][column] - 2 * (weight * entry).real
-                shift[row] = shift[row] - 2 * (weight / pole * entry).real * source[column]
-    return Affine(jnp.stack([jnp.stack(row) for row in matrix]), jnp.stack(shift))
+        water = 1 / (pole + decay[0] - _total([k * kf * one for k, kf, one in zip(back, out, local, strict=True)], pole))
+        reach = jnp.stack([jnp.ones(shape, water.dtype), *local])
+        resolvent = (into * reach)[:, None] * (from_ * reach * water)[None] + own * reach[None]
+        return (total[0] - 2 * (weight * resolvent).real, total[1] - 2 * (weight / pole * resolvent).real), None
+
+    nothing = jnp.zeros((len(decay), len(decay), *shape))
+    at = (jnp.asarray(rational.POLES), jnp.asarray(rational.WEIGHTS))
+    matrix, over_time = lax.scan(add, (nothing, nothing), at)[0]
+    return Affine(matrix, apply(over_time, source))
 
 
-def _total(values, shape):
-    return _sum([jnp.zeros(shape), *values])
+def _total(values, like=0.0):
+    return functools.reduce(operator.add, values) if values else 0.0 * like

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Complex
 
 POLES = np.array([
@@ -39,7 +40,8 @@ FAR = 40.0
 
 def remainder(x: Complex[Array, "..."]) -> Complex[Array, "..."]:
     """exp(x) minus the sum of poles: what an eigenvalue off the negative real axis still lacks."""
-    total = jnp.exp(x)
-    for pole, weight in zip(POLES, WEIGHTS, strict=True):
-        total = total - weight / (x - pole) - np.conj(weight) / (x - np.conj(pole))
-    return total
+    def subtract(total, at):
+        pole, weight = at
+        return total - weight / (x - pole) - jnp.conj(weight) / (x - jnp.conj(pole)), None
+
+    return lax.scan(subtract, jnp.exp(x), (jnp.asarray(POLES), jnp.asarray(WEIGHTS)))[0]
