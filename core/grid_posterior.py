@@ -6,6 +6,8 @@ answer does not depend on its neighbours.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -40,14 +42,27 @@ class Info(eqx.Module):
     """On the lattice, up to a constant per voxel; float32."""
 
 
-def make_prior(lower: Float[Array, " 2"], upper: Float[Array, " 2"], n_points: tuple[int, int], logarithmic: tuple[bool, bool]) -> Prior:
-    """Independent uniform or log-uniform priors over a box; a log-uniform one needs a positive lower bound."""
+PriorShape = Literal["uniform", "log-uniform", "beta"]
+
+
+def make_prior(lower: Float[Array, " 2"], upper: Float[Array, " 2"], n_points: tuple[int, int], shapes: tuple[PriorShape, PriorShape]) -> Prior:
+    """Independent priors over a box.
+
+    `uniform`; `log-uniform`, which needs a positive lower bound; `beta`: Beta(2, 2) over the side, a parabola that vanishes at both ends, so
+    that the maximum of a posterior that knows little lies within the box and not at its edge.
+    """
     box = Box(lower, upper, n_points)
 
     def density(axis: int) -> Array:
         low, high = lower[axis], upper[axis]
         points = box.value(axis, jnp.arange(n_points[axis], dtype=jnp.float64))
-        value = -jnp.log(points * jnp.log(high / low)) if logarithmic[axis] else jnp.full(n_points[axis], -jnp.log(high - low))
+        if shapes[axis] == "log-uniform":
+            value = -jnp.log(points * jnp.log(high / low))
+        elif shapes[axis] == "beta":
+            share = jnp.clip((points - low) / (high - low), 1e-4, 1 - 1e-4)
+            value = jnp.log(6 * share * (1 - share) / (high - low))
+        else:
+            value = jnp.full(n_points[axis], -jnp.log(high - low))
         return value.astype(jnp.float32)
 
     return Prior(box, (density(0), density(1)))

@@ -5,24 +5,21 @@ interpolated by polynomials in between. In the likelihood a nuisance is a random
 
 * measured: the signal's derivative at the centre of a block of voxels of like values, times the map's standard deviation (a voxel's
   own value then is a known mean of its coefficient);
-* unmeasured: the signal's projections on the Legendre polynomials of the range (first, and where the signal is even about the
-  centre, as in B0 on resonance, second), the best linear stand-in for the uniform prior. A range may be cut into equal slices,
-  which then form a mixture: that is the finer quadrature against which the plain one is checked.
+* unmeasured: the derivative at the centre of the range, times the standard deviation of the range. A range may be cut into equal
+  slices, which then form a mixture: the finer quadrature against which the plain one is checked.
 
-The coefficient is taken as Gaussian, and products of two nuisances are left out.
+This is first-order propagation: the coefficient is taken as Gaussian; curvature and products of two nuisances are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-
-Rows = Float[np.ndarray, "row node"]
 
 
 class Axis(NamedTuple):
@@ -32,8 +29,6 @@ class Axis(NamedTuple):
     lower: float
     upper: float
     n_nodes: int = 3
-    order: int = 1
-    """Highest Legendre polynomial that gets a column."""
     n_slices: int = 1
     logarithmic: bool = False
     """Interpolate in the logarithm (relaxation times)."""
@@ -69,15 +64,10 @@ def tensor_nodes(axes: Sequence[Axis]) -> Float[np.ndarray, "node axis"]:
 def columns(axes: Sequence[Axis], maps: Mapping[str, Measured]) -> Float[np.ndarray, "mixture column node"]:
     """The linear maps from signals at the nodes to the likelihood's columns, for every mixture component.
 
-    Column 0 is the mean signal, the others belong to one nuisance's coefficient each, in the order of `coefficients`.
+    Column 0 is the mean signal, the others belong to one nuisance's coefficient each, in the order of the axes.
     """
     slices = [range(1 if axis.name in maps else axis.n_slices) for axis in axes]
     return np.stack([_component(axes, maps, choice) for choice in product(*slices)])
-
-
-def coefficients(axes: Sequence[Axis], mapped: Collection[str]) -> list[str]:
-    """The nuisance that each column but the first belongs to."""
-    return [axis.name for axis in axes for _ in range(1 if axis.name in mapped else axis.order)]
 
 
 def with_offset(columns: Float[np.ndarray, "mixture column node"], centre: float, sd: float) -> Float[np.ndarray, "mixture column_ node_"]:
@@ -92,33 +82,25 @@ def with_offset(columns: Float[np.ndarray, "mixture column node"], centre: float
 
 
 def _component(axes: Sequence[Axis], maps: Mapping[str, Measured], choice: Sequence[int]) -> Float[np.ndarray, "column node"]:
-    """Columns of one mixture component: the mean of every axis, then each axis's own rows with the others at their mean."""
-    rows = [
-        _measured_rows(axis, maps[axis.name]) if axis.name in maps else _unmeasured_rows(axis, index)
-        for axis, index in zip(axes, choice, strict=True)
-    ]
-    means = [axis_rows[0] for axis_rows in rows]
-    result = [_outer(means)]
-    for j, axis_rows in enumerate(rows):
-        result += [_outer([*means[:j], row, *means[j + 1 :]]) for row in axis_rows[1:]]
-    return np.stack(result)
+    """Columns of one mixture component: the mean, then the derivative along each axis with the others at their centres."""
+    known = [maps.get(axis.name) or _slice_of_range(axis, index) for axis, index in zip(axes, choice, strict=True)]
+    rows = [_value_and_slope(axis, each) for axis, each in zip(axes, known, strict=True)]
+    values = [value for value, _ in rows]
+    slopes = [_outer([*values[:j], slope, *values[j + 1 :]]) for j, (_, slope) in enumerate(rows)]
+    return np.stack([_outer(values), *slopes])
 
 
-def _measured_rows(axis: Axis, known: Measured) -> Rows:
-    """Value and derivative times standard deviation, at the centre."""
-    value = np.clip([known.centre], axis.lower, axis.upper)
-    basis, slope = _lagrange(axis.n_nodes, axis.coordinate(value))
-    span = np.log(axis.upper / axis.lower) * value if axis.logarithmic else axis.upper - axis.lower
-    return np.concatenate([basis, slope * (2 * known.sd / span)])
-
-
-def _unmeasured_rows(axis: Axis, index: int) -> Rows:
-    """Projections on the orthonormal Legendre polynomials of slice `index` of the range."""
-    x, weight = np.polynomial.legendre.leggauss(16)
+def _slice_of_range(axis: Axis, index: int) -> Measured:
     width = (axis.upper - axis.lower) / axis.n_slices
-    basis, _ = _lagrange(axis.n_nodes, axis.coordinate(axis.lower + width * (index + 0.5 * (x + 1))))
-    legendre = np.polynomial.legendre.legvander(x, axis.order) * np.sqrt(2 * np.arange(axis.order + 1) + 1)
-    return (0.5 * weight[:, None] * legendre).T @ basis
+    return Measured(axis.lower + width * (index + 0.5), width / np.sqrt(12))
+
+
+def _value_and_slope(axis: Axis, known: Measured) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, " node"]]:
+    """Weights of the nodes for the value, and for the derivative times the standard deviation, at the centre."""
+    value = np.clip(known.centre, axis.lower, axis.upper)
+    span = np.log(axis.upper / axis.lower) * value if axis.logarithmic else axis.upper - axis.lower
+    basis, slope = _lagrange(axis.n_nodes, axis.coordinate(np.array([value])))
+    return basis[0], slope[0] * (2 * known.sd / span)
 
 
 def _chebyshev_nodes(n: int) -> Float[np.ndarray, " node"]:

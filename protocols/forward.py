@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from scansteer.core import grid_posterior, lattice, nuisance
+from scansteer.core import grid_posterior, lattice, nuisance, predictive
 from scansteer.core.dictionary import Forward
 from scansteer.core.grid_posterior import Prior
 from scansteer.core.nuisance import Axis
@@ -35,15 +36,42 @@ def model(scan: Scan, n_points: tuple[int, int] = N_POINTS) -> Model:
     """Assemble the arrays; nothing is simulated yet."""
     fraction, rate = scan.parameters.values()
     lower, upper = jnp.array([fraction.lower, rate.lower]), jnp.array([fraction.upper, rate.upper])
-    prior = grid_posterior.make_prior(lower, upper, n_points, (fraction.prior == "log-uniform", rate.prior == "log-uniform"))
-    grid = np.meshgrid(*(lattice.node_values(p.lower, p.upper) for p in (fraction, rate)), indexing="ij")
-    values: dict[str, np.ndarray] = {name: each.reshape(1, -1) for name, each in zip(scan.parameter_names, grid, strict=True)}
+    prior = grid_posterior.make_prior(lower, upper, n_points, (fraction.prior, rate.prior))
     chain, tissue = chain_axes(scan), tissue_axes(scan)
-    nodes = nuisance.tensor_nodes(tissue)
-    values |= {axis.name: nodes[:, j, None] for j, axis in enumerate(tissue)}
+    forward = simulated(scan, (chain, nuisance.tensor_nodes(chain)), (tissue, nuisance.tensor_nodes(tissue)))
+    return Model(chain, tissue, forward, prior)
+
+
+def coarse(scan: Scan) -> tuple[predictive.Star, Forward]:
+    """The star of nuisance nodes and the coarse points at which candidates for the next pulse are simulated."""
+    star = predictive.star(chain_axes(scan), tissue_axes(scan))
+    n_chain = star.chain.shape[1]
+    return star, simulated(scan, (star.axes[:n_chain], star.chain), (star.axes[n_chain:], star.tissue), predictive.N_POINTS)
+
+
+Nodes = tuple[Sequence[Axis], np.ndarray]
+"""Axes, and their values (node, axis)."""
+
+
+def simulated(scan: Scan, chain: Nodes, tissue: Nodes, n_points: int = lattice.N_NODES) -> Forward:
+    """What signals are simulated from: every node of the chain and of the tissue, at `n_points` x `n_points` points over the box."""
+    sides = (lattice.node_values(parameter.lower, parameter.upper, n_points) for parameter in scan.parameters.values())
+    grid = np.meshgrid(*sides, indexing="ij")
+    values: dict[str, np.ndarray] = {name: each.reshape(1, -1) for name, each in zip(scan.parameter_names, grid, strict=True)}
+    axes, nodes = tissue
+    values |= {axis.name: nodes[:, j, None] for j, axis in enumerate(axes)}
     shape = (len(nodes), grid[0].size)
     described = tissue_model.tissue(scan, {name: jnp.asarray(np.broadcast_to(value, shape)) for name, value in values.items()})
-    return Model(chain, tissue, _forward(scan, chain, described), prior)
+    axes, nodes = chain
+    at = {axis.name: nodes[:, j] for j, axis in enumerate(axes)}
+    carry, mz = scan.readout.carry_over, scan.first_state.mz
+    return Forward(
+        tissue=described,
+        train=tissue_model.train(scan),
+        readout=tissue_model.readout(scan),
+        carry_over=None if carry is None else jnp.asarray(at.get("carry_over", np.full(len(nodes), bounds(carry)[0]))),
+        first_mz=jnp.asarray(at.get("first_mz", np.full(len(nodes), bounds(mz)[0]))),
+    )
 
 
 def tissue_axes(scan: Scan) -> tuple[Axis, ...]:
@@ -67,17 +95,4 @@ def _axis(name: str, span: Range) -> Axis:
     if name.endswith("_s") and span.lower > 0:  # relaxation times: log scale, more nodes for wider ranges
         octaves = np.log2(span.upper / span.lower)
         return Axis(name, span.lower, span.upper, n_nodes=3 if octaves < 0.7 else 4 if octaves < 2 else 5, logarithmic=True)
-    return Axis(name, span.lower, span.upper, n_nodes=3, order=1)
-
-
-def _forward(scan: Scan, chain: tuple[Axis, ...], tissue) -> Forward:
-    nodes = nuisance.tensor_nodes(chain)
-    at = {axis.name: nodes[:, j] for j, axis in enumerate(chain)}
-    carry, mz = scan.readout.carry_over, scan.first_state.mz
-    return Forward(
-        tissue=tissue,
-        train=tissue_model.train(scan),
-        readout=tissue_model.readout(scan),
-        carry_over=None if carry is None else jnp.asarray(at.get("carry_over", np.full(len(nodes), bounds(carry)[0]))),
-        first_mz=jnp.asarray(at.get("first_mz", np.full(len(nodes), bounds(mz)[0]))),
-    )
+    return Axis(name, span.lower, span.upper, n_nodes=3)

@@ -54,6 +54,7 @@ WIDE = PUBLISHED.model_copy(
     update={
         "name": "larg-phantom-9.4T-wide",
         "description": "L-arginine phantom, 9.4 T, 30 CW images at 3 ppm, with what its publishers' description leaves unsettled as ranges",
+        "parameters": {name: parameter.model_copy(update={"prior": "beta"}) for name, parameter in PUBLISHED.parameters.items()},
         "readout": Readout(flip_deg=60.0, carry_over=Range(lower=-0.7, upper=0.1), offset=Range(lower=0.0, upper=0.1)),
         "first_state": FirstState(mz=Range(lower=0.4, upper=1.0)),
         "auxiliaries": {

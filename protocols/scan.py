@@ -59,7 +59,8 @@ class Auxiliary(Range):
 class Parameter(Range):
     """One of the two quantities the scan is for: its box, its prior and its clinical target."""
 
-    prior: Literal["uniform", "log-uniform"] = "uniform"
+    prior: Literal["uniform", "log-uniform", "beta"] = "uniform"
+    """`beta`: Beta(2, 2) over the box, a parabola that vanishes at both ends."""
     target_halfwidth_relative: Positive = 0.2
     """Stop target: half of the 95 % confidence interval, relative to the estimate."""
 
