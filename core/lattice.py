@@ -42,23 +42,24 @@ class Box(eqx.Module):
         return (self.n_points[axis] - 1) * jnp.sqrt(jnp.clip((value - lower) / (upper - lower), 0.0, 1.0))
 
 
-def node_values(lower: float, upper: float) -> Float[np.ndarray, " node"]:
+def node_values(lower: float, upper: float, n_nodes: int = N_NODES) -> Float[np.ndarray, " node"]:
     """Where one parameter is simulated."""
-    return lower + (upper - lower) * (0.5 * (_nodes() + 1)) ** 2
+    return lower + (upper - lower) * (0.5 * (_nodes(n_nodes) + 1)) ** 2
 
 
 def upsample(values: Float[Array, "*lead point"], n_points: tuple[int, int]) -> Float[Array, "*lead cell"]:
     """From values at the simulated nodes to lattice cells, both flat and f-major, by the polynomial through the nodes."""
     grid = values.reshape(*values.shape[:-1], N_NODES, N_NODES)
-    along_f, along_k = (jnp.asarray(_upsampling(n)) for n in n_points)
+    along_f, along_k = (jnp.asarray(upsampling(n)) for n in n_points)
     return jnp.einsum("fm,...mn,kn->...fk", along_f, grid, along_k).reshape(*values.shape[:-1], -1)
 
 
-def _upsampling(n_points: int) -> Float[np.ndarray, "point node"]:
+def upsampling(n_points: int, n_nodes: int = N_NODES) -> Float[np.ndarray, "point node"]:
+    """From values at the simulated nodes of one parameter to its lattice points."""
     cheb = np.polynomial.chebyshev
-    basis = np.linalg.inv(cheb.chebvander(_nodes(), N_NODES - 1))
-    return cheb.chebvander(np.linspace(-1, 1, n_points), N_NODES - 1) @ basis
+    basis = np.linalg.inv(cheb.chebvander(_nodes(n_nodes), n_nodes - 1))
+    return cheb.chebvander(np.linspace(-1, 1, n_points), n_nodes - 1) @ basis
 
 
-def _nodes() -> Float[np.ndarray, " node"]:
-    return -np.cos((2 * np.arange(N_NODES) + 1) * np.pi / (2 * N_NODES))
+def _nodes(n_nodes: int) -> Float[np.ndarray, " node"]:
+    return -np.cos((2 * np.arange(n_nodes) + 1) * np.pi / (2 * n_nodes))

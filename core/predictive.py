@@ -1,0 +1,101 @@
+"""What each candidate pulse would read next, at a few nuisance nodes and coarse points over the box of (f, k).
+
+A pulse acts on the magnetisation that the latest readout left by an affine map, computed once per candidate before the scan; only the
+magnetisation changes from image to image. Nuisances are a star: all at their centre, and each in turn at two nodes beside it with the
+others at their centre, so that their number adds and does not multiply. That is coarser than the likelihood's tensor grid, and enough to choose by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from scansteer.core import nuisance
+from scansteer.core import signal as spin
+from scansteer.core.dictionary import Magnetisation
+from scansteer.core.nuisance import Axis, Measured
+
+N_POINTS = 12
+"""Coarse points per parameter (core.lattice)."""
+
+
+class Star(NamedTuple):
+    """The nuisance nodes: node 0 is the centre, then the lower and the upper node of each axis."""
+
+    axes: tuple[Axis, ...]
+    """Chain axes first, as everywhere."""
+    chain: Float[np.ndarray, "chain axis"]
+    """Values of the chain's axes at the distinct nodes of the chain."""
+    tissue: Float[np.ndarray, "tissue axis"]
+    place: tuple[Int[np.ndarray, " node"], Int[np.ndarray, " node"]]
+    """Of every node among those of the chain, and among those of the tissue."""
+
+    @property
+    def n_nodes(self) -> int:
+        return len(self.place[0])
+
+
+class Responses(eqx.Module):
+    """What every candidate reads, per unit amplitude: weight . (Mz left by the latest readout) + offset; float32."""
+
+    weight: Float[Array, "candidate pool tissue point"]
+    offset: Float[Array, "candidate tissue point"]
+
+
+def star(chain_axes: Sequence[Axis], tissue_axes: Sequence[Axis]) -> Star:
+    """Three nodes per axis."""
+    chain, tissue = (tuple(axis._replace(n_nodes=3) for axis in axes) for axes in (chain_axes, tissue_axes))
+    n_chain, n_tissue = 2 * len(chain), 2 * len(tissue)
+    of_chain = np.concatenate([np.arange(n_chain + 1), np.zeros(n_tissue, int)])
+    of_tissue = np.concatenate([np.zeros(n_chain + 1, int), np.arange(1, n_tissue + 1)])
+    return Star((*chain, *tissue), _star_values(chain), _star_values(tissue), (of_chain, of_tissue))
+
+
+def columns(star: Star, maps: Mapping[str, Measured]) -> Float[np.ndarray, "mixture column node"]:
+    """The linear maps from signals at the star's nodes to the likelihood's columns, in the order of `nuisance.columns`."""
+    mapped = {axis.name: maps[axis.name] for axis in star.axes if axis.name in maps}
+    rows = [nuisance.columns((axis,), {name: known for name, known in mapped.items() if name == axis.name}) for axis in star.axes]
+    choices = np.stack([each.reshape(-1) for each in np.meshgrid(*(np.arange(len(each)) for each in rows), indexing="ij")], axis=1)
+    return np.stack([_star_columns(star, [rows[j][number] for j, number in enumerate(choice)]) for choice in choices])
+
+
+def response(read: spin.ReadoutMap, block: spin.LongitudinalMap) -> Responses:
+    """Of one candidate, from its map of the magnetisation; no leading axis yet."""
+    weight = jnp.einsum("ptg,pqtg->qtg", read.weight, block.matrix)
+    offset = jnp.sum(read.weight * block.shift, axis=0) + read.offset
+    return Responses(weight.astype(jnp.float32), offset.astype(jnp.float32))
+
+
+def predict(star: Star, responses: Responses, state: Magnetisation) -> Float[Array, "candidate node point"]:
+    """Signals per unit amplitude of every candidate as the next image, at the star's nodes."""
+    chain, tissue = star.place
+    mz = state.mz[:, chain, tissue].astype(jnp.float32)
+    read = jnp.sum(responses.weight[:, :, tissue] * mz, axis=1)
+    return read + responses.offset[:, tissue]
+
+
+def _star_values(axes: Sequence[Axis]) -> np.ndarray:
+    values = [axis.node_values() for axis in axes]
+    rows = np.repeat([[each[1] for each in values]], 2 * len(axes) + 1, axis=0)
+    for j, each in enumerate(values):
+        rows[1 + 2 * j, j], rows[2 + 2 * j, j] = each[0], each[2]
+    return rows
+
+
+def _star_columns(star: Star, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """From each axis's rows over its own three nodes: the mean adds up, the others stand as they are."""
+    mean = np.zeros(star.n_nodes)
+    mean[0] = 1.0
+    made = []
+    for j, own in enumerate(rows):
+        spread = np.zeros((len(own), star.n_nodes))
+        spread[:, [1 + 2 * j, 0, 2 + 2 * j]] = own
+        mean += spread[0]
+        mean[0] -= 1.0
+        made.extend(spread[1:])
+    return np.stack([mean, *made])
