@@ -220,17 +220,20 @@ def memory(minutes: float) -> dict[str, Any]:
     bodies = pictures(scan)
     pace = np.mean([block.duration_s for block in scan.schedule]) / 10
     resident: list[tuple[float, int]] = []
-    with tempfile.TemporaryDirectory() as name, service(Path(name), real=True) as (endpoint, process):
-        with Client(endpoint, timeout_s=60) as client:
-            started = time.perf_counter()
-            while time.perf_counter() - started < 60 * minutes:
-                session_id = client.open(scan)
-                client.wait_ready(session_id, 600)
-                for body in bodies:
-                    client.send_image(session_id, body)
-                    resident.append((time.perf_counter() - started, resident_bytes(process)))
-                    time.sleep(pace)
-                client.close_session(session_id)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        service(Path(name), real=True) as (endpoint, process),
+        Client(endpoint, timeout_s=60) as client,
+    ):
+        started = time.perf_counter()
+        while time.perf_counter() - started < 60 * minutes:
+            session_id = client.open(scan)
+            client.wait_ready(session_id, 600)
+            for body in bodies:
+                client.send_image(session_id, body)
+                resident.append((time.perf_counter() - started, resident_bytes(process)))
+                time.sleep(pace)
+            client.close_session(session_id)
     second = [size for at, size in resident if 60 <= at < 120]
     last = [size for at, size in resident if at >= 60 * (minutes - 1)]
     return {

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scansteer.core.errors import ScansteerError
+from scansteer.protocols.scan import SaturationBlock
 from scansteer.realtime.client import Client
 from scansteer.realtime.config import DEFAULT_ENDPOINT, Keys
 from scansteer.realtime.messages import (
@@ -139,17 +140,20 @@ class Controller:
             return self._changed.wait_for(lambda: self.is_connected, timeout_s)
 
     def advise(self, repetition: int, deadline_s: float) -> Advice:
-        """What to do before a repetition; returns within `deadline_s` (at once if the service is silent)."""
+        """What to do before a repetition; returns within `deadline_s` (at once if the service is silent).
+
+        While the operator's pause is in force it returns `pause` at the deadline, or the moment it is lifted.
+        """
         deadline = time.monotonic() + deadline_s
         with self._changed:
             while not self._is_decided(repetition):
                 left = deadline - time.monotonic()
-                if left <= 0 or not self.is_connected:
+                if left <= 0 or not (self.is_connected or self._in_force == "pause"):
                     break
                 self._changed.wait(min(left, 0.1))
             return self._commanded_advice() or self._decided_advice(repetition)
 
-    def played(self, repetition: int, pulse: Pulse, *, next_pulse_in_ms: float | None = None) -> None:
+    def played(self, repetition: int, pulse: Pulse | SaturationBlock, *, next_pulse_in_ms: float | None = None) -> None:
         """Report what was really played. Returns at once; repeated until the service has it written down."""
         exact = PlayedPulse(b1_ut=pulse.b1_ut, offset_ppm=pulse.offset_ppm, t_sat_s=pulse.t_sat_s, t_rec_s=pulse.t_rec_s)
         message = Played(session_id=self.session_id, repetition=repetition, pulse=exact, next_pulse_in_ms=next_pulse_in_ms)
@@ -172,7 +176,11 @@ class Controller:
     # In the caller's thread, with the lock.
 
     def _is_decided(self, repetition: int) -> bool:
-        if self._in_force is not None or self._commands or repetition == 0:
+        if self._commands or self._in_force in ("stop", "abort"):
+            return True
+        if self._in_force == "pause":
+            return False
+        if repetition == 0:
             return True
         return self._decision is not None and self._decision.repetition >= repetition - 1
 

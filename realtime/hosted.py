@@ -497,7 +497,7 @@ def check_body(message: Image, body: Bytes, limits: Limits) -> None:
         raise ProtocolError("too-large", f"The image's header declares {n_values} values; 1 to {limits.max_voxels} are accepted.")
     n_data = len(body) - HEADER_BYTES - 8 - n_meta
     if n_meta > MAX_META_BYTES or n_data not in [n_values * size for size in _BYTES_PER_VALUE.get(data_type, ())]:
-        raise ProtocolError("malformed", f"The image's data (type {data_type}) have {n_data} bytes, not what its header declares.")
+        raise ProtocolError("malformed", f"The image has {n_data} bytes of data (type {data_type}), not what its header declares.")
     declared = (series, slice_, repetition, set_)
     if declared != (message.series, message.slice, message.repetition, message.set):
         raise ProtocolError(

@@ -181,7 +181,10 @@ def test_a_paused_scan_goes_on_after_resume(control, scanner, running):
     with Client(running.endpoint) as operator:
         operator.control("s", "pause")
         wait_until(lambda: heard == ["pause"])
-        assert controller.advise(3, 0.1).action == "pause"
+        assert controller.advise(3, 5).action == "pause"
+        started = time.monotonic()
+        assert controller.advise(3, 0.2).action == "pause"
+        assert time.monotonic() - started >= 0.2  # it waits for the end of the pause
         assert operator.session_status("s").paused
         operator.control("s", "resume")
         wait_until(lambda: heard == ["pause", "resume"])
