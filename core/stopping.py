@@ -29,6 +29,8 @@ class Region(NamedTuple):
 
     name: str
     fraction_converged: float
+    n_effective: float
+    """Independent voxels: neighbours share noise, so a region of 100 voxels is not 100 witnesses."""
 
 
 class State(NamedTuple):
@@ -60,6 +62,12 @@ def converged(rule: Rule, halfwidth: Float[np.ndarray, "voxel 2"], edge_mass: Fl
     return np.all((halfwidth <= rule.halfwidth_relative) & (edge_mass <= PRIOR_LIMIT), axis=1)
 
 
+def needed(rule: Rule, region: Region) -> float:
+    """Share of voxels that must have converged, for at least `fraction_converged` of the tissue to have done so with 90 % certainty."""
+    p = rule.fraction_converged
+    return min(1.0, p + 1.28 * float(np.sqrt(p * (1 - p) / max(region.n_effective, 1.0))))
+
+
 def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto: str | None) -> tuple[State, Verdict]:
     """One more image: has every region met its target often enough, and does nothing speak against it?
 
@@ -68,12 +76,12 @@ def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto:
     veto
         Why a stop is out of the question at this image (lack of fit, disagreement, ..); none: nothing speaks against it.
     """
-    behind = [region for region in regions if region.fraction_converged < rule.fraction_converged]
+    behind = [region for region in regions if region.fraction_converged < needed(rule, region)]
     if veto is not None:
         return State(0, state.would_stop_at), Verdict(False, veto)
     if behind:
-        worst = min(behind, key=lambda region: region.fraction_converged)
-        reason = f"{worst.fraction_converged:.0%} of the voxels of region {worst.name!r} have converged, {rule.fraction_converged:.0%} are needed."
+        worst = min(behind, key=lambda region: region.fraction_converged - needed(rule, region))
+        reason = f"{worst.fraction_converged:.0%} of the voxels of region {worst.name!r} have converged, {needed(rule, worst):.0%} are needed."
         return State(0, state.would_stop_at), Verdict(False, reason)
     streak = state.streak + 1
     if n_images < rule.n_min:

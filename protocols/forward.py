@@ -94,5 +94,7 @@ def chain_axes(scan: Scan) -> tuple[Axis, ...]:
 def _axis(name: str, span: Range) -> Axis:
     if name.endswith("_s") and span.lower > 0:  # relaxation times: log scale, more nodes for wider ranges
         octaves = np.log2(span.upper / span.lower)
-        return Axis(name, span.lower, span.upper, n_nodes=3 if octaves < 0.7 else 4 if octaves < 2 else 5, logarithmic=True)
+        n_nodes = 3 if octaves < 0.7 else 4 if octaves < 2 else 5
+        # signals bend most with T1: over more than an octave one straight line is not enough
+        return Axis(name, span.lower, span.upper, n_nodes, n_slices=2 if name == "t1_s" and octaves > 1 else 1, logarithmic=True)
     return Axis(name, span.lower, span.upper, n_nodes=3)

@@ -251,7 +251,11 @@ class Session:
         residual = info.nrmse.astype(float) ** 2 * np.sum(np.square(self._signals), axis=0)
         fit = lack_of_fit.check(residual, info.amplitude, estimate.sigma, self.scan.noise.discrepancy, n)
         veto = None if fit.passed else f"The model does not fit: residual variance {fit.statistic:.1f} x noise; continue the approved schedule."
-        progress = [stopping.Region(r.name, float(np.mean(converged[at]))) for r, at in zip(voxels.regions, voxels.places, strict=True)]
+        independent = self.scan.noise.effective_voxel_fraction
+        progress = [
+            stopping.Region(region.name, float(np.mean(converged[at])), independent * len(at))
+            for region, at in zip(voxels.regions, voxels.places, strict=True)
+        ]
         self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto)
         reports = tuple(
             self._report(region.name, info, at, halfwidth[at], float(np.mean(converged[at])))

@@ -10,7 +10,7 @@ RULE = Rule(halfwidth_relative=(0.2, 0.3), fraction_converged=0.9, n_min=4, conf
 def run(fractions, vetoes=()):
     state, verdicts = stopping.init(), []
     for n, fraction in enumerate(fractions, start=1):
-        state, verdict = stopping.update(RULE, state, n, [Region("a", fraction)], "no fit" if n in vetoes else None)
+        state, verdict = stopping.update(RULE, state, n, [Region("a", fraction, 1e6)], "no fit" if n in vetoes else None)
         verdicts.append(verdict)
     return state, verdicts
 
@@ -36,7 +36,7 @@ def test_veto_prevents_a_stop_and_names_itself():
 
 
 def test_the_slowest_region_decides():
-    _, verdict = stopping.update(RULE, stopping.State(5, None), 9, [Region("a", 1.0), Region("b", 0.2)], None)
+    _, verdict = stopping.update(RULE, stopping.State(5, None), 9, [Region("a", 1.0, 1e6), Region("b", 0.2, 1e6)], None)
     assert not verdict.stop
     assert "'b'" in verdict.reason
 
@@ -52,3 +52,9 @@ def test_a_voxel_converges_when_both_targets_are_met_and_the_prior_does_not_limi
 def test_halfwidth_of_an_estimate_at_zero_is_infinite():
     width = stopping.relative_halfwidth(np.array([[0.0, 2.0]]), np.array([[0.0, 1.0]]), np.array([[1.0, 3.0]]))
     np.testing.assert_array_equal(width, [[np.inf, 0.5]])
+
+
+def test_few_independent_voxels_need_a_larger_share():
+    assert stopping.needed(RULE, Region("a", 0.0, 1e6)) == pytest.approx(0.9, abs=1e-3)
+    assert stopping.needed(RULE, Region("a", 0.0, 100)) == pytest.approx(0.9384)
+    assert stopping.needed(RULE, Region("a", 0.0, 2)) == 1.0
