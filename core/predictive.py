@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from scansteer.core import nuisance
+from scansteer.core import dictionary, nuisance
 from scansteer.core import signal as spin
-from scansteer.core.dictionary import Magnetisation
+from scansteer.core.dictionary import Forward, Magnetisation
 from scansteer.core.nuisance import Axis, Measured
 
 N_POINTS = 12
@@ -47,6 +48,17 @@ class Responses(eqx.Module):
     offset: Float[Array, "candidate tissue point"]
 
 
+class Coarse(eqx.Module):
+    """All that predictions are made from."""
+
+    forward: Forward
+    """Its nuisance nodes are the distinct ones of the star's chain and tissue."""
+    read: spin.ReadoutMap
+    responses: Responses
+    place: tuple[Int[Array, " node"], Int[Array, " node"]]
+    """As in `Star`."""
+
+
 def star(chain_axes: Sequence[Axis], tissue_axes: Sequence[Axis]) -> Star:
     """Three nodes per axis."""
     chain, tissue = (tuple(axis._replace(n_nodes=3) for axis in axes) for axes in (chain_axes, tissue_axes))
@@ -71,12 +83,42 @@ def response(read: spin.ReadoutMap, block: spin.LongitudinalMap) -> Responses:
     return Responses(weight.astype(jnp.float32), offset.astype(jnp.float32))
 
 
-def predict(star: Star, responses: Responses, state: Magnetisation) -> Float[Array, "candidate node point"]:
-    """Signals per unit amplitude of every candidate as the next image, at the star's nodes."""
-    chain, tissue = star.place
+def predict(coarse: Coarse, state: Magnetisation) -> Float[Array, "candidate node point"]:
+    """Signals per unit amplitude of every candidate as the next image, at the star's nodes; float32."""
+    chain, tissue = coarse.place
     mz = state.mz[:, chain, tissue].astype(jnp.float32)
-    read = jnp.sum(responses.weight[:, :, tissue] * mz, axis=1)
-    return read + responses.offset[:, tissue]
+    return jnp.sum(coarse.responses.weight[:, :, tissue] * mz, axis=1) + coarse.responses.offset[:, tissue]
+
+
+def predict_ahead(coarse: Coarse, state: Magnetisation, blocks: spin.LongitudinalMap) -> Float[Array, "image node point"]:
+    """Signals per unit amplitude of several blocks played one after the other (leaves of `blocks` lead with the image axis); float32."""
+    chain, tissue = coarse.place
+
+    def one(state: Magnetisation, block: spin.LongitudinalMap):
+        state, signals = dictionary.play(coarse.forward, coarse.read, state, block)
+        return state, signals[chain * state.mz.shape[2] + tissue].astype(jnp.float32)
+
+    return jax.lax.scan(one, state, blocks)[1]
+
+
+def at_draws(
+    signals: Float[Array, "image node point"],
+    weights: Float[Array, "voxel column node_"],
+    rows: tuple[Float[Array, "voxel draw point_f"], Float[Array, "voxel draw point_k"]],
+) -> Float[Array, "image voxel draw column"]:
+    """The likelihood's columns at a few draws of (f, k) per voxel.
+
+    Parameters
+    ----------
+    weights
+        From the star's nodes, and a last node that always reads 1, to each voxel's columns.
+    rows
+        From the coarse points along f, and along k, to the draws (rows of `lattice.upsampling`).
+    """
+    n_voxels, n_draws, _ = rows[0].shape
+    interpolation = (rows[0][..., :, None] * rows[1][..., None, :]).reshape(n_voxels * n_draws, -1)
+    drawn = jnp.einsum("inx,dx->ind", signals, interpolation).reshape(*signals.shape[:2], n_voxels, n_draws)
+    return jnp.einsum("invd,vcn->ivdc", drawn, weights[..., :-1]) + weights[:, None, :, -1]
 
 
 def _star_values(axes: Sequence[Axis]) -> np.ndarray:

@@ -6,6 +6,7 @@ import math
 from itertools import product
 
 import numpy as np
+from jaxtyping import Float
 
 from scansteer.protocols.limits import Blocks, within_ranges
 from scansteer.protocols.scan import Range, Scan
@@ -66,3 +67,13 @@ def _offsets(scan: Scan, n: int) -> np.ndarray:
         gap = int(np.argmax(np.diff(chosen)))
         chosen.insert(gap + 1, 0.5 * (chosen[gap] + chosen[gap + 1]))
     return np.array(chosen)
+
+
+def coordinates(scan: Scan, blocks: Blocks) -> Float[np.ndarray, "block 4"]:
+    """Where pulses lie within the limits, each coordinate 0 .. 1; images without saturation differ by their recovery only."""
+    limits = scan.limits
+    boxes = (Range(lower=0.0, upper=limits.b1_max_ut), limits.offset_ppm, limits.t_sat_s, limits.t_rec_s)
+    widths = np.array([box.upper - box.lower if _is_wide(box) else 1.0 for box in boxes])
+    placed = (np.stack(blocks, axis=1) - [box.lower for box in boxes]) / widths
+    placed[blocks.b1_ut == 0, :3] = -1.0
+    return placed

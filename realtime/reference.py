@@ -10,11 +10,12 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from scansteer.core import blocks, dictionary, grid_posterior, likelihood, nuisance
 from scansteer.core.errors import InputError
@@ -34,19 +35,32 @@ MAX_BYTES = 6 * 2**30
 """Memory that the running sums may take."""
 
 
+class Running(NamedTuple):
+    """What the images so far sum up to at a few lattice cells of a few voxels; the middle component where nuisances are a mixture."""
+
+    gram: Float[np.ndarray, "voxel draw column column"]
+    projection: Float[np.ndarray, "voxel draw column"]
+    maps: list[dict[str, Measured]]
+    """Of each voxel's block: where its signals are linearised."""
+    shift: Float[np.ndarray, "voxel nuisance"]
+    """Known means of the nuisances' coefficients, 0 where they were not measured."""
+
+
 class Reference:
     """The posterior of every voxel of a region, one image at a time."""
 
-    def __init__(self, scan: Scan, mapped: Sequence[str]) -> None:
+    def __init__(self, scan: Scan, mapped: Sequence[str], n_points: tuple[int, int] = forward.N_POINTS) -> None:
         """Compile and simulate the schedule: seconds.
 
         Parameters
         ----------
         mapped
             Names of the auxiliaries (`t1_s`, ..) that come as maps; the others are marginalised over their ranges.
+        n_points
+            Lattice over the box of (f, k).
         """
         self.scan = scan
-        self.model = forward.model(scan)
+        self.model = forward.model(scan, n_points)
         self._mapped = frozenset(mapped) & {axis.name for axis in self.model.axes}
         lower, upper = bounds(scan.readout.offset)
         self._coefficients = [*(axis.name for axis in self.model.axes), *(["offset"] if upper > lower else [])]
@@ -63,6 +77,8 @@ class Reference:
         for index, block in enumerate(scan.schedule):
             self._map_of(block, first=index == 0)
         self._place = np.zeros((0, BLOCK), int)
+        self._where = np.zeros(0, int)
+        self._measured_in: list[dict[str, Measured]] = []
         self._weights: list[jnp.ndarray] = []
         self._shifts: list[jnp.ndarray | None] = []
         self._sums: list[Sums] = []
@@ -97,7 +113,11 @@ class Reference:
             )
         used = {name: maps[name] for name in self._coefficients if name in self._mapped}
         self._place = blocks.of_like_voxels([*used.values(), 1 + np.maximum(brightness, 0.0)], BLOCK)
-        described = [self._describe({name: values[place] for name, values in used.items()}) for place in self._place]
+        self._where = np.empty(n_voxels, int)
+        self._where[self._place.reshape(-1)] = np.arange(self._place.size)
+        members = [{name: values[place] for name, values in used.items()} for place in self._place]
+        self._measured_in = [{name: self._measured(name, values) for name, values in each.items()} for each in members]
+        described = [self._describe(*each) for each in zip(members, self._measured_in, strict=True)]
         self._weights = [weights for weights, _ in described]
         self._shifts = [shift for _, shift in described]
         self._sums = [self._empty() for _ in self._place]
@@ -115,13 +135,26 @@ class Reference:
             return jax.block_until_ready(info)
 
         infos = list(self._pool.map(one, range(len(self._sums))))
-        return self._gathered(infos, len(signal))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[self._where], *infos)
 
-    def _gathered(self, infos: list[Info], n_voxels: int) -> Info:
-        """Blocks back into the order of the voxels."""
-        where = np.empty(n_voxels, int)
-        where[self._place.reshape(-1)] = np.arange(self._place.size)
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[where], *infos)
+    def running(self, voxels: Int[np.ndarray, " voxel"], cells: Int[np.ndarray, "voxel draw"]) -> Running:
+        """The running sums at some cells of some voxels, for the choice of the next pulse."""
+        n, middle = len(self._coefficients) + 1, self._n_mixture // 2
+        pair = np.zeros((n, n), int)
+        pair[np.triu_indices(n)] = np.arange(n * (n + 1) // 2)
+        pair = np.maximum(pair, pair.T)
+        numbers, places = np.divmod(self._where[voxels], BLOCK)
+        sums = [self._sums[number] for number in numbers]
+        gram = [np.asarray(one.gram)[:, middle, at, 0][pair] for one, at in zip(sums, cells, strict=True)]
+        projection = [np.asarray(one.projection)[:, middle, at, place] for one, at, place in zip(sums, cells, places, strict=True)]
+        none = np.zeros((n - 1, BLOCK))
+        shifts = [none if (known := self._shifts[number]) is None else np.asarray(known) for number in numbers]
+        return Running(
+            np.moveaxis(np.stack(gram), -1, 1),
+            np.moveaxis(np.stack(projection), -1, 1),
+            [self._measured_in[number] for number in numbers],
+            np.stack([shift[:, place] for shift, place in zip(shifts, places, strict=True)]),
+        )
 
     def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
         """Carry the magnetisation through one repetition, whether or not its image counts; the signals expected at every node."""
@@ -151,9 +184,8 @@ class Reference:
     def _empty(self) -> Sums:
         return likelihood.init(BLOCK, self._n_mixture, len(self._coefficients) + 1, self.model.prior.box.n_cells)
 
-    def _describe(self, maps: dict[str, np.ndarray]) -> tuple[jnp.ndarray, jnp.ndarray | None]:
+    def _describe(self, maps: dict[str, np.ndarray], measured: dict[str, Measured]) -> tuple[jnp.ndarray, jnp.ndarray | None]:
         """A block's columns as maps from the dictionary's nodes, and its voxels' shifts where there are maps."""
-        measured = {name: self._measured(name, values) for name, values in maps.items()}
         columns = nuisance.columns(self.model.axes, measured)
         lower, upper = bounds(self.scan.readout.offset)
         weights = jnp.asarray(nuisance.with_offset(columns, 0.5 * (lower + upper), (upper - lower) / 12**0.5))

@@ -1,0 +1,265 @@
+"""The pulse most worth playing next: what each candidate is expected to take off the logarithm of the confidence region's area.
+
+At a draw (f, k)_d of a voxel's posterior, amplitude and nuisances are Gaussian given the images so far: beta = a (1, u) has mean
+b_d = A^-1 p and covariance s^2 A^-1, with A = F'F + ridge and p = F'S the running sums of `core.likelihood`. A candidate with
+columns phi_d would read phi_d' beta + noise. What it tells about (f, k) is the spread of its predicted means over the posterior,
+against all that would blur it:
+
+    gain = 1/2 log(1 + Var_d[phi_d' b_d] / Mean_d[s^2 (1 + phi_d' A_d^-1 phi_d)])       [nat]
+
+(Lindley 1956; for a Gaussian posterior the gain in information about two parameters is the loss of log area). The variance over the
+posterior is taken over draws where the posterior is wide, and as gradient' covariance gradient where it is narrower than the
+lattice; both are a quadratic form in the predictions at a few lattice cells.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from scansteer.core import lattice, predictive
+from scansteer.core.dictionary import Magnetisation
+from scansteer.core.lattice import Box
+from scansteer.core.predictive import Coarse
+from scansteer.core.signal import LongitudinalMap
+
+N_DRAWS = 16
+NARROW = 12.0
+"""A posterior on fewer lattice cells than this (inverse of the sum of squared masses) is linearised."""
+
+
+class Draws(NamedTuple):
+    """Lattice cells of each voxel, and how predictions at them make up mean and variance over its posterior."""
+
+    cells: Int[np.ndarray, "voxel draw"]
+    weights: Float[np.ndarray, "voxel draw"]
+    """Sum to 1."""
+    contrast: Float[np.ndarray, "voxel form draw"]
+    """Variance of x over the posterior = sum over `form` of (contrast @ x)^2."""
+
+
+class Conditional(eqx.Module):
+    """What the images so far say of amplitude and nuisances, at each draw of each voxel; float32."""
+
+    mean: Float[Array, "voxel draw column"]
+    """b, a (1, u) [pixel units]."""
+    root: Float[Array, "voxel draw column column"]
+    """R with R R' = A^-1."""
+    variance: Float[Array, "voxel draw"]
+    """s^2, noise and discrepancy [pixel^2]."""
+
+
+class Question(eqx.Module):
+    """What is asked about a few voxels: where their posteriors lie, and what the images so far say there."""
+
+    weights: Float[Array, "voxel column node_"]
+    rows: tuple[Float[Array, "voxel draw point_f"], Float[Array, "voxel draw point_k"]]
+    """These two as in `predictive.at_draws`."""
+    gram: Float[Array, "voxel draw column column"]
+    projection: Float[Array, "voxel draw column"]
+    shift: Float[Array, "voxel nuisance"]
+    """Known means of the nuisances' coefficients."""
+    draw_weights: Float[Array, "voxel draw"]
+    contrast: Float[Array, "voxel form draw"]
+    importance: Float[Array, " voxel"]
+    """Sums to 1."""
+    variance: Float[Array, ""]
+    """Of the noise of one pixel [pixel^2]."""
+    discrepancy: Float[Array, ""]
+    """Variance of the model's error per image [fraction of M0, squared]."""
+
+
+class Answer(eqx.Module):
+    """Expected gains [nat], mean over the voxels asked."""
+
+    candidates: Float[Array, " candidate"]
+    scheduled: Float[Array, ""]
+    """Of the schedule's next image."""
+    remaining: Float[Array, ""]
+    """Of the rest of the schedule together: what stopping would forgo."""
+
+
+class Quota(NamedTuple):
+    """Diversity: how often alike pulses may be played among the latest ones. It keeps redundancy to notice model error by."""
+
+    window: int = 8
+    most: int = 3
+    """Repetitions of the window, the candidate's included, that may lie in one neighbourhood."""
+    radius: float = 0.15
+    """Two pulses are alike if no coordinate (each 0 .. 1 over its range) differs by more."""
+
+
+def stratify(region: Int[np.ndarray, " voxel"], values: Float[np.ndarray, "voxel 2"], n: int) -> Int[np.ndarray, " sample"]:
+    """`n` of the voxels of one region (indices into `values`), spread evenly over the first parameter and, within it, the second."""
+    if len(region) <= n:
+        return region
+    strata = np.array_split(region[np.argsort(values[region, 0], kind="stable")], max(1, round(n**0.5)))
+    ordered = np.concatenate([stratum[np.argsort(values[stratum, 1], kind="stable")] for stratum in strata])
+    return ordered[((np.arange(n) + 0.5) * len(ordered) / n).astype(int)]
+
+
+def share_out(sizes: list[int], n: int) -> list[int]:
+    """`n` sampled voxels over regions: half of them equally, so that none starves, the rest by size; never more than a region has."""
+    equal, total = 0.5 * n / len(sizes), sum(sizes)
+    return [min(size, max(1, round(equal + 0.5 * n * size / total))) for size in sizes]
+
+
+def draw(
+    log_posterior: Float[np.ndarray, "voxel cell"],
+    mean: Float[np.ndarray, "voxel 2"],
+    covariance: Float[np.ndarray, "voxel 2 2"],
+    box: Box,
+    seed: int,
+) -> Draws:
+    """Cells of each voxel's posterior: by systematic sampling where it is wide, about its mean where it is narrow."""
+    mass = np.exp(log_posterior - log_posterior.max(axis=1, keepdims=True)) * _cell_areas(box)
+    mass /= mass.sum(axis=1, keepdims=True)
+    wide = _systematic(mass, np.random.default_rng(seed).uniform(size=len(mass)))
+    narrow = _about(mean, covariance, box)
+    is_narrow = 1 / np.sum(mass**2, axis=1) < NARROW
+    return Draws(*(np.where(is_narrow.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(narrow, wide, strict=True)))
+
+
+def rows(cells: Int[np.ndarray, "voxel draw"], n_points: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """From the coarse points along f, and along k, to lattice cells: (voxel, draw, point) each."""
+    along = (lattice.upsampling(n, predictive.N_POINTS) for n in n_points)
+    f, k = (each[place] for each, place in zip(along, np.divmod(cells, n_points[1]), strict=True))
+    return f, k
+
+
+def seed_of(name: str, n_images: int) -> int:
+    """Random choices depend on the scan and the image number, never on session or clock."""
+    return zlib.crc32(f"{name}/{n_images}".encode())
+
+
+def answer(
+    question: Question, coarse: Coarse, state: Magnetisation, schedule: LongitudinalMap, counts: Float[Array, " image"]
+) -> Answer:
+    """What every candidate, and the rest of the schedule, is expected to tell.
+
+    Parameters
+    ----------
+    state
+        Magnetisation after the latest readout, at the coarse nodes and points.
+    schedule
+        Maps of the next images of the schedule, as many as fit.
+    counts
+        1 for images of the schedule's rest, 0 for what merely fills the array.
+    """
+    candidates, ahead = predictive.predict(coarse, state), predictive.predict_ahead(coarse, state, schedule)
+    n_nuisances = question.shift.shape[1]
+    centring = jnp.eye(n_nuisances + 1) + jnp.pad(question.shift[:, :, None], ((0, 0), (1, 0), (0, n_nuisances)))  # F + X shift, X
+    gram = jnp.einsum("vic,vkij,vjd->vkcd", centring, question.gram, centring)
+    projection = jnp.einsum("vic,vki->vkc", centring, question.projection)
+    given = condition(gram, projection, question.variance, question.discrepancy)
+    weights = jnp.einsum("vic,vin->vcn", centring, question.weights).astype(jnp.float32)
+    rows = (question.rows[0].astype(jnp.float32), question.rows[1].astype(jnp.float32))
+    draw_weights, contrast = question.draw_weights.astype(jnp.float32), question.contrast.astype(jnp.float32)
+    gains = gain(predictive.at_draws(candidates, weights, rows), given, draw_weights, contrast)
+    rest = predictive.at_draws(ahead, weights, rows) * counts.astype(jnp.float32)[:, None, None, None]
+    return Answer(
+        gains @ question.importance.astype(jnp.float32),
+        gain(rest[:1], given, draw_weights, contrast)[0] @ question.importance,
+        joint_gain(rest, given, draw_weights, contrast) @ question.importance,
+    )
+
+
+def condition(
+    gram: Float[Array, "voxel draw column column"],
+    projection: Float[Array, "voxel draw column"],
+    noise_variance: Float[Array, ""],
+    discrepancy_variance: Float[Array, ""],
+) -> Conditional:
+    """Fit amplitude and nuisances at every draw, from the running sums there (nuisances relative to their known means)."""
+    implied = jnp.maximum(projection[..., 0] / gram[..., 0, 0], 1e-9) ** 2
+    variance = noise_variance + discrepancy_variance * implied
+    n_columns = gram.shape[-1]
+    ridge = jnp.where(jnp.arange(n_columns) > 0, (variance / implied)[..., None], 1e-9 * gram[..., 0, 0][..., None])
+    lower = jnp.linalg.cholesky(gram + ridge[..., None] * jnp.eye(n_columns))
+    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.broadcast_to(jnp.eye(n_columns), lower.shape), lower=True)
+    mean = jnp.einsum("vkji,vkj->vki", inverse, jnp.einsum("vkij,vkj->vki", inverse, projection))
+    return Conditional(*(each.astype(jnp.float32) for each in (mean, jnp.swapaxes(inverse, -1, -2), variance)))
+
+
+def gain(
+    columns: Float[Array, "candidate voxel draw column"],
+    given: Conditional,
+    weights: Float[Array, "voxel draw"],
+    contrast: Float[Array, "voxel form draw"],
+) -> Float[Array, "candidate voxel"]:
+    """Expected gain of every candidate in every voxel [nat]."""
+    mean = jnp.einsum("pvkc,vkc->pvk", columns, given.mean)
+    blur = 1 + jnp.sum(jnp.einsum("pvkc,vkce->pvke", columns, given.root) ** 2, axis=-1)
+    spread = jnp.sum(jnp.einsum("pvk,vhk->pvh", mean, contrast) ** 2, axis=-1)
+    return 0.5 * jnp.log1p(spread / jnp.einsum("pvk,vk->pv", blur, given.variance * weights))
+
+
+def joint_gain(
+    columns: Float[Array, "image voxel draw column"],
+    given: Conditional,
+    weights: Float[Array, "voxel draw"],
+    contrast: Float[Array, "voxel form draw"],
+) -> Float[Array, " voxel"]:
+    """Expected gain of several images together [nat]: what the rest of a schedule is still expected to bring.
+
+    1/2 log det(1 + C^-1 Cov_d[m_d]) with C = Mean_d[s^2 (1 + Phi A_d^-1 Phi')]; images that do not count have columns of zeros.
+    """
+    mean = jnp.einsum("ivkc,vkc->vik", columns, given.mean)
+    spread = jnp.einsum("vik,vhk->vih", mean, contrast)
+    along = jnp.einsum("ivkc,vkce->vkie", columns, given.root) * jnp.sqrt(given.variance * weights)[..., None, None]
+    blur = jnp.einsum("vkie,vkje->vij", along, along)
+    noise = jnp.sum(given.variance * weights, axis=1)[:, None, None] * jnp.eye(len(columns), dtype=blur.dtype)
+    half = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(blur + noise), spread, lower=True)
+    return 0.5 * jnp.linalg.slogdet(jnp.eye(half.shape[2], dtype=half.dtype) + jnp.einsum("vih,vig->vhg", half, half))[1]
+
+
+def barred(
+    quota: Quota, candidates: Float[np.ndarray, "candidate coordinate"], latest: Float[np.ndarray, "played coordinate"]
+) -> Bool[np.ndarray, " candidate"]:
+    """Candidates whose neighbourhood has had its share of the latest repetitions."""
+    recent = latest[-(quota.window - 1) :]
+    alike = np.all(np.abs(candidates[:, None] - recent) <= quota.radius, axis=-1)
+    return np.sum(alike, axis=1) >= quota.most
+
+
+def _cell_areas(box: Box) -> Float[np.ndarray, " cell"]:
+    """Up to a constant; half cells at the edges."""
+    sides = []
+    for n in box.n_points:
+        edges = np.concatenate([[0.0], np.arange(n - 1) + 0.5, [n - 1.0]]) ** 2
+        sides.append(np.diff(edges))
+    return (sides[0][:, None] * sides[1]).reshape(-1)
+
+
+def _systematic(mass: Float[np.ndarray, "voxel cell"], start: Float[np.ndarray, " voxel"]) -> Draws:
+    cumulated = np.cumsum(mass, axis=1)
+    places = (np.arange(N_DRAWS) + start[:, None]) / N_DRAWS * cumulated[:, -1:]
+    cells = np.stack([np.searchsorted(row, place) for row, place in zip(cumulated, places, strict=True)])
+    centring = (np.eye(N_DRAWS) - 1 / N_DRAWS) / np.sqrt(N_DRAWS)
+    uniform = np.full(cells.shape, 1 / N_DRAWS)
+    return Draws(np.minimum(cells, mass.shape[1] - 1), uniform, np.broadcast_to(centring, (len(mass), N_DRAWS, N_DRAWS)))
+
+
+def _about(mean: Float[np.ndarray, "voxel 2"], covariance: Float[np.ndarray, "voxel 2 2"], box: Box) -> Draws:
+    """The cell nearest to the mean and its four neighbours; the contrast is a root of the covariance times their differences."""
+    n = np.array(box.n_points)
+    centre = np.stack([np.asarray(box.position(axis, jnp.asarray(mean[:, axis], jnp.float64))) for axis in (0, 1)], axis=1)
+    nearest = np.clip(np.rint(centre), 1, n - 2).astype(int)
+    slope = np.stack([np.asarray(box.slope(axis, jnp.asarray(np.maximum(centre[:, axis], 0.5)))) for axis in (0, 1)], axis=1)
+    in_steps = np.asarray(covariance, float) / slope[:, :, None] / slope[:, None, :]
+    root = np.linalg.cholesky(in_steps + 1e-9 * np.eye(2))
+    moves = np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)] + [(0, 0)] * (N_DRAWS - 5))
+    at = nearest[:, None] + moves
+    gradient = np.zeros((2, N_DRAWS))
+    gradient[0, 1:3] = gradient[1, 3:5] = (0.5, -0.5)
+    contrast = np.zeros((len(mean), N_DRAWS, N_DRAWS))
+    contrast[:, :2] = np.swapaxes(root, 1, 2) @ gradient
+    weights = np.zeros((len(mean), N_DRAWS))
+    weights[:, 0] = 1.0
+    return Draws(at[:, :, 0] * n[1] + at[:, :, 1], weights, contrast)
