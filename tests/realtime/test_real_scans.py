@@ -1,0 +1,140 @@
+"""The two published scans, replayed. Their figures check arithmetic against the publishers' description, not truth."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scansteer.core.noise import NoiseEstimate
+from scansteer.protocols import forward
+from scansteer.protocols.scan import Scan, load
+from scansteer.realtime.images import Frame
+from scansteer.realtime.messages import Decision
+from scansteer.realtime.reference import Reference
+from scansteer.realtime.session import Session
+from scansteer.realtime.sources import open_source
+from scansteer.realtime.worker import Setup
+
+DATA = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+VIALS = ((24, 18), (25, 44), (44, 30))
+
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real scans in {DATA}; set SCANSTEER_DATA")
+
+
+class Replay:
+    """A scan replayed over the publishers' mask."""
+
+    def __init__(self, file: str, scan: Scan, n_images: int | None = None) -> None:
+        self.truth = dict(np.load(DATA / f"{file}.truth.npz"))
+        self.scan = scan
+        self.decisions: list[Decision] = []
+        self.estimates, self.halfwidths = [], []
+        with open_source(DATA / f"{file}.h5") as source:
+            auxiliaries = {stored.frame.role: stored.frame for stored in source.auxiliaries()}
+            frames = [stored.frame for stored in source.images()][:n_images]
+        mask = Frame(self.truth["mask"][None].astype(float), frames[0].geometry, role="mask")
+        session = Session(Setup("replay", scan, region=mask, auxiliaries=auxiliaries))
+        for frame in frames:
+            self.decisions.append(session.absorb(frame, received_at=0.0))
+            maps = {name: values[0][self.truth["mask"]] for name, values in session.maps().items()}
+            names = scan.parameter_names
+            self.estimates.append([maps[f"{name}_map"] for name in names])
+            self.halfwidths.append([(maps[f"{name}_upper"] - maps[f"{name}_lower"]) / 2 for name in names])
+        self.nrmse = maps["nrmse"]
+        self.signals = np.stack([frame.pixels[0][self.truth["mask"]] for frame in frames])
+        session.close()
+
+    def bounded(self) -> np.ndarray:
+        """Share of voxels whose error against the last image lies within the half-width, (image 3 .. 29, parameter)."""
+        estimates, halfwidths = np.array(self.estimates), np.array(self.halfwidths)
+        return np.mean(np.abs(estimates[2:29] - estimates[29]) <= halfwidths[2:29], axis=2)
+
+
+@pytest.fixture(scope="module")
+def phantom() -> Replay:
+    return Replay("larg_phantom_9T4", load("larg-phantom-9.4T"))
+
+
+@pytest.fixture(scope="module")
+def mouse() -> Replay:
+    return Replay("mouse_mt_7T", load("mt-mouse-7T-30"))
+
+
+def test_phantom_meets_its_publishers_medians(phantom):
+    mask = phantom.truth["mask"]
+    rows, columns = np.nonzero(mask)
+    f, k = phantom.estimates[-1]
+    for row, column in VIALS:
+        vial = (rows - row) ** 2 + (columns - column) ** 2 < 130
+        assert np.median(f[vial]) == pytest.approx(np.median(phantom.truth["peer_fs"][mask][vial]), rel=0.10)
+        assert np.median(k[vial]) == pytest.approx(np.median(phantom.truth["peer_ksw"][mask][vial]), rel=0.20)
+    assert np.median(phantom.nrmse) <= 0.02
+
+
+def test_published_description_of_the_phantom_is_refused_for_lack_of_fit(phantom):
+    assert all(not decision.lack_of_fit.passed for decision in phantom.decisions[11:])
+    assert all(decision.action == "continue" for decision in phantom.decisions)
+
+
+def test_mouse_fits_and_lies_where_it_should(mouse):
+    assert np.median(mouse.nrmse) <= 0.03
+    assert 0.08 <= np.median(mouse.estimates[-1][0]) <= 0.14
+
+
+def test_mouse_errors_of_stopping_early_lie_within_the_intervals(mouse):
+    assert np.all(mouse.bounded().mean(axis=0) >= 0.95)
+    assert mouse.bounded().min() >= 0.85
+
+
+def test_first_images_alone_give_the_same_decisions(phantom):
+    again = Replay("larg_phantom_9T4", phantom.scan, n_images=6)
+    timed = {"latency_ms", "margin_ms"}
+    expected = [decision.model_dump(exclude=timed) for decision in phantom.decisions[:6]]
+    assert [decision.model_dump(exclude=timed) for decision in again.decisions] == expected
+
+
+@pytest.mark.long
+def test_wide_description_of_the_phantom_bounds_its_errors():
+    wide = Replay("larg_phantom_9T4", load("larg-phantom-9.4T-wide"))
+    assert np.all(wide.bounded().mean(axis=0) >= 0.95)
+    assert wide.bounded().min() >= 0.85
+    assert all(decision.lack_of_fit.passed for decision in wide.decisions)
+
+
+@pytest.mark.parametrize("n", [10, 30])
+def test_region_areas_agree_with_a_dense_grid(phantom, n):
+    """95 % areas of 50 voxels against sorting the cells of a 200 x 200 grid over the box, uniform in f and k."""
+    voxels = np.linspace(0, phantom.signals.shape[1] - 1, 50).astype(int)
+    signals = phantom.signals[:n, voxels]
+    ours = absorbed(phantom.scan, signals)
+    fine = absorbed(phantom.scan, signals, (200, 200))
+    box = fine.box
+    steps = jnp.arange(200, dtype=jnp.float64)
+    cell = np.outer(np.gradient(np.array(box.value(0, steps))), np.gradient(np.array(box.value(1, steps)))).ravel()
+    areas = []
+    for log_posterior in fine.info.log_posterior.astype(float):
+        mass = np.exp(log_posterior - log_posterior.max()) * cell
+        order = np.argsort(log_posterior)[::-1]
+        inside = np.searchsorted(np.cumsum(mass[order]) / mass.sum(), 0.95)
+        areas.append(cell[order[: inside + 1]].sum())
+    ratio = ours.info.summary.cr_area / np.array(areas)
+    assert np.median(ratio) == pytest.approx(1, abs=0.05)
+    assert np.mean(np.abs(ratio - 1) < 0.05) > 0.85  # the dense grid itself counts whole cells
+
+
+class Absorbed:
+    def __init__(self, box, info) -> None:
+        self.box, self.info = box, info
+
+
+def absorbed(scan: Scan, signals: np.ndarray, n_points: tuple[int, int] | None = None) -> Absorbed:
+    reference = Reference(scan, [], n_points=n_points or forward.N_POINTS)
+    reference.begin({}, signals[0])
+    for number, (signal, block) in enumerate(zip(signals, scan.schedule, strict=False)):
+        info = reference.absorb(signal, NoiseEstimate(25.0, 1e4), block, first=number == 0)
+    reference.close()
+    return Absorbed(reference.prior.box, info)
