@@ -8,6 +8,7 @@ cells (grid points, voxels) as last axis. Magnetisation is in units of water's e
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -25,7 +26,7 @@ GAMMA = 267.5153e6
 """Proton gyromagnetic ratio [rad/s/T], the value used by pulseq-cest."""
 CHUNK = 512
 """Cells simulated at a time; bounds the memory, and the closed forms run best with a few hundred."""
-CACHED_CELLS = 64
+CACHED_CELLS = 256
 """Cells whose matrices are multiplied at a time: they stay in a core's cache."""
 GAUSS_STEPS = 64
 """Constant steps that stand in for a Gaussian pulse."""
@@ -93,7 +94,7 @@ def saturation_map(tissue: Tissue, saturation: Saturation, train: Train) -> Long
     train
         How t_sat is filled with RF; static.
     """
-    return _in_chunks(lambda cells, *_: _block(cells, saturation, train), tissue)
+    return _in_chunks(lambda cells, *_: _block(cells, saturation, train, _intervals(cells, saturation, train)), tissue)
 
 
 def readout_map(tissue: Tissue, readout: Readout) -> ReadoutMap:
@@ -132,8 +133,7 @@ def signals(
     order = jnp.arange(saturations.b1.shape[0]) if index is None else jnp.asarray(index)
 
     def chunk(cells, carry_over, initial):
-        blocks = lax.map(lambda one: _block(cells, one, train), saturations)
-        return _chain(blocks, _readout(cells, _with_carry_over(readout, carry_over)), initial, order)
+        return _chain(_blocks(cells, saturations, train), _readout(cells, _with_carry_over(readout, carry_over)), initial, order)
 
     return _in_chunks(chunk, tissue, readout.carry_over, initial)
 
@@ -154,16 +154,47 @@ def _with_carry_over(readout, carry_over):
     return Readout(readout.flip_angle, readout.shot_spacing, carry_over, readout.n_shots, readout.encoded_shot)
 
 
-def _block(tissue, saturation, train) -> LongitudinalMap:
-    recovery = bm.free_longitudinal(tissue, saturation.t_rec)
-    played = _saturation(tissue, saturation, train)
-    # written out, not `then`: two small maps, fused once
-    return LongitudinalMap(bm.multiply(played.matrix, recovery.matrix), bm.apply(played.matrix, recovery.shift) + played.shift)
+class _Intervals(NamedTuple):
+    """Times without RF and what they do; the same for most pulses of a schedule, and kept from one to the next."""
+
+    t_rec: Array
+    t_sat: Array
+    recovery: bm.Affine
+    pause: bm.Affine | None
 
 
-def _saturation(tissue, saturation, train) -> bm.Affine:
+def _intervals(tissue, saturation, train) -> _Intervals:
+    pause = bm.free(tissue, _timing(saturation, train)[1]) if train.n_pulses > 1 else None
+    return _Intervals(saturation.t_rec, saturation.t_sat, bm.free_longitudinal(tissue, saturation.t_rec), pause)
+
+
+def _timing(saturation, train) -> tuple[Array, Array]:
+    """Length of a pulse and of the pause between two [s]."""
+    n = train.n_pulses
+    length = saturation.t_sat / (n + (n - 1) * (1 / train.duty_cycle - 1))
+    return length, (saturation.t_sat - n * length) / max(n - 1, 1)
+
+
+def _blocks(tissue, saturations, train) -> LongitudinalMap:
+    """The maps of all pulses, along a leading axis."""
+
+    def one(kept, saturation):
+        same = (kept.t_rec == saturation.t_rec) & (kept.t_sat == saturation.t_sat)
+        kept = lax.cond(same, lambda: kept, lambda: _intervals(tissue, saturation, train))
+        return kept, _block(tissue, saturation, train, kept)
+
+    first = jax.tree.map(lambda leaf: leaf[0], saturations)
+    return lax.scan(one, _intervals(tissue, first, train), saturations)[1]
+
+
+def _block(tissue, saturation, train, kept: _Intervals) -> LongitudinalMap:
+    played = _saturation(tissue, saturation, train, kept.pause)
+    return _as_longitudinal(bm.then(kept.recovery, played))
+
+
+def _saturation(tissue, saturation, train, pause) -> bm.Affine:
     """The map of Mz over the RF, by the closed form where there is one."""
-    general = lambda: _saturation_in_general(tissue, saturation, train)  # noqa: E731
+    general = lambda: _saturation_in_general(tissue, saturation, train, pause)  # noqa: E731
     if train.n_pulses > 1 or train.shape != "block" or train.spin_lock or len(tissue.pools) != 1 or tissue.pools[0].lineshape != "bloch":
         return general()
     (pool,) = tissue.pools
@@ -172,32 +203,29 @@ def _saturation(tissue, saturation, train) -> bm.Affine:
     return lax.cond(trusted, lambda: quick, general)
 
 
-def _saturation_in_general(tissue, saturation, train) -> bm.Affine:
+def _saturation_in_general(tissue, saturation, train, pause) -> bm.Affine:
     n = bm.n_transverse(tissue)
 
-    def longitudinal(tissue):
-        played = _train(tissue, saturation, train)
+    def longitudinal(cells):
+        played = _train(*cells, saturation, train)
         return bm.Affine(played.matrix[2 * n :, 2 * n :], played.shift[2 * n :])
 
-    return mapped(longitudinal, tissue, CACHED_CELLS)
+    return mapped(longitudinal, (tissue, pause), CACHED_CELLS)
 
 
-def _train(tissue, saturation, train) -> bm.Affine:
-    """Pulses with free precession between them, as one map of the full state."""
-    n = train.n_pulses
-    length = saturation.t_sat / (n + (n - 1) * (1 / train.duty_cycle - 1))
-    pulse = _pulse(tissue, saturation, train, length)
+def _train(tissue, pause, saturation, train) -> bm.Affine:
+    """Pulses with free precession between them, as one map of the full state.
+
+    The frame follows the RF during pulses and water's nominal frequency between them: the next pulse continues the phase.
+    """
+    pulse = _pulse(tissue, saturation, train, _timing(saturation, train)[0])
     tip = back = ()
     if train.spin_lock:
         offset = 2 * math.pi * saturation.offset_hz
         angle = jnp.arctan2(GAMMA * saturation.b1, jnp.abs(offset)) * jnp.where(offset < 0, -1.0, 1.0) * tissue.b1
         tip, back = (bm.turn(tissue, angle),), (bm.turn(tissue, -angle),)
-    if n == 1:
-        return bm.chain(*tip, pulse, *back)
-    # the frame follows the RF during pulses and water's nominal frequency between them: the next pulse continues the phase
-    free = bm.free(tissue, (saturation.t_sat - n * length) / (n - 1))
-    step = bm.power(bm.chain(*tip, pulse, *back, free), n - 1)
-    return bm.chain(step, *tip, pulse, *back)
+    once = bm.chain(*tip, pulse, *back)
+    return once if pause is None else bm.then(bm.power(bm.then(once, pause), train.n_pulses - 1), once)
 
 
 def _pulse(tissue, saturation, train, length) -> bm.Affine:

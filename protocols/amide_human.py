@@ -14,7 +14,7 @@ SCAN = Scan.model_validate(
         "description": "Human brain, 3 T, amide, unsaturated image + 30 spin-lock trains at 3.5 ppm; takes fss and kssw maps of an MT scan",
         "pools": (
             Pool(name="amide", kind="solute", offset_ppm=amide_mouse.OFFSET_PPM, f="fs", k_per_s="ksw", t2_s=0.04),
-            amide_mouse.SEMISOLID,
+            mt_human.SEMISOLID,
         ),
         "parameters": {"fs": Parameter(lower=0.0, upper=1e-2), "ksw": Parameter(lower=50.0, upper=550.0)},
         "schedule": amide_mouse.SCAN.schedule,

@@ -10,6 +10,8 @@ from scansteer.protocols.scan import Auxiliary, FirstState, Limits, Noise, Param
 
 TRAIN = Train(n_pulses=13, duty_cycle=0.5, spin_lock=True)
 READOUT = Readout(flip_deg=15.0, n_shots=45, shot_spacing_s=0.02837)
+SEMISOLID = Pool(name="semisolid", kind="semisolid", offset_ppm=0.0, f="fss", k_per_s="kssw", t2_s=40e-6, lineshape="lorentzian")
+"""Absorbs like an x-y-z pool of this T2 (to a thousandth), whose transverse part does not live to be seen; shared with the amide scans."""
 AUXILIARIES = {
     "t1_s": Auxiliary(lower=0.7, upper=2.0, map_error_relative=0.03),
     "t2_s": Auxiliary(lower=0.04, upper=0.15, map_error_relative=0.05),
@@ -30,7 +32,7 @@ SCAN = Scan(
     name="mt-human-3T",
     description="Human brain, 3 T, semisolid MT, unsaturated image + 30 spin-lock trains at 6-14 ppm, 3D EPI snapshots",
     field_t=3.0,
-    pools=(Pool(name="semisolid", kind="semisolid", offset_ppm=0.0, f="fss", k_per_s="kssw", t2_s=40e-6),),
+    pools=(SEMISOLID,),
     parameters={"fss": Parameter(lower=0.0, upper=0.30), "kssw": Parameter(lower=0.0, upper=70.0, target_halfwidth_relative=0.5)},
     schedule=mt_mouse.WITH_REFERENCE.schedule,
     train=TRAIN,
