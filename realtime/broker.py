@@ -190,10 +190,11 @@ class Broker:
             return [self._refusal(identity, message.request_id, session_id, refused)]
 
     def finished(self, session_id: str, events: Sequence[Event]) -> list[Outgoing]:
-        """Pass on what a job of a session said."""
+        """Pass on what a job of a session said when it was done."""
         session = self._sessions.get(session_id)
         if session is None:
             return []
+        session.job_done()
         outgoing: list[Outgoing] = []
         for event in events:
             session.take(event)

@@ -216,7 +216,9 @@ class Client:
         message = Subscribe(session_id=session_id, mode=mode, reports_played=reports_played, last_decision=last_decision)
         self.ask(message, Done)
 
-    def played(self, session_id: str, repetition: int, pulse: Pulse | SaturationBlock, *, next_pulse_in_ms: float | None = None) -> None:
+    def played(
+        self, session_id: str, repetition: int, pulse: Pulse | SaturationBlock, *, next_pulse_in_ms: float | None = None
+    ) -> None:
         """Report what was really played."""
         exact = PlayedPulse(b1_ut=pulse.b1_ut, offset_ppm=pulse.offset_ppm, t_sat_s=pulse.t_sat_s, t_rec_s=pulse.t_rec_s)
         self.ask(Played(session_id=session_id, repetition=repetition, pulse=exact, next_pulse_in_ms=next_pulse_in_ms), Done)

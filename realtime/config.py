@@ -115,7 +115,7 @@ class GatewayConfig(Settings):
     reorder_repetitions: Annotated[int, Field(ge=0, le=1000)] = 4
     """A repetition that is missing when so many later ones have come is declared missing."""
     service_timeout_s: Seconds = 2.0
-    finish_timeout_s: Seconds = 120.0
+    finish_timeout_s: Seconds = 600.0
     """How long CLOSE may wait for the maps."""
     idle_timeout_s: Seconds = 3600.0
     catch_up_s: Seconds = 3600.0

@@ -133,7 +133,8 @@ class HostedSession:
         self.times = Times()
         self._journal = journal
         self._limits = limits
-        self._submit = submit
+        self._submit_job = submit
+        self._n_jobs = 0
         self._side: dict[str, dict[int, Entry]] = {}
         self._mask_count: dict[tuple[int, int, int], int] = {}
         self._n_auxiliary = 0
@@ -320,6 +321,10 @@ class HostedSession:
         self._n_logged += 1
         return True
 
+    def job_done(self) -> None:
+        """A job that was submitted has said what it had to say."""
+        self._n_jobs -= 1
+
     def make_maps(self, requester: object) -> None:
         self._submit(lambda: self._actor.maps(requester), False)
 
@@ -330,6 +335,7 @@ class HostedSession:
             n_accepted=sum(key[0] == "image" for key in self.images),
             n_decisions=len(self.decisions),
             waiting=self.sequencer.n_waiting,
+            n_jobs=self._n_jobs,
             gaps=self.sequencer.gaps(),
             paused=self.paused,
             controllers=n_controllers,
@@ -345,6 +351,10 @@ class HostedSession:
         """Remember the latest warnings for the status."""
         self.warnings = [*self.warnings, sentence[:1000]][-_MAX_WARNINGS:]
         self.note("warning", reason=sentence)
+
+    def _submit(self, job: Job, slow: bool) -> None:
+        self._n_jobs += 1
+        self._submit_job(job, slow)
 
     # Applying.
 
@@ -497,7 +507,7 @@ def check_body(message: Image, body: Bytes, limits: Limits) -> None:
         raise ProtocolError("too-large", f"The image's header declares {n_values} values; 1 to {limits.max_voxels} are accepted.")
     n_data = len(body) - HEADER_BYTES - 8 - n_meta
     if n_meta > MAX_META_BYTES or n_data not in [n_values * size for size in _BYTES_PER_VALUE.get(data_type, ())]:
-        raise ProtocolError("malformed", f"The image has {n_data} bytes of data (type {data_type}), not what its header declares.")
+        raise ProtocolError("malformed", f"The image has {n_data} bytes of data (type {data_type}), not as its header declares.")
     declared = (series, slice_, repetition, set_)
     if declared != (message.series, message.slice, message.repetition, message.set):
         raise ProtocolError(

@@ -394,6 +394,8 @@ class SessionStatus(Message):
     n_decisions: Counter
     waiting: Counter
     """Repetitions accepted and not yet handed to the posterior."""
+    n_jobs: Counter = 0
+    """What the posterior has still to do: compile, absorb, make maps."""
     gaps: tuple[Repetition, ...] = ()
     paused: bool = False
     controllers: int = 0

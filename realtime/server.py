@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import signal
 import threading
@@ -48,8 +49,12 @@ class Server:
         """
         for endpoint in (config.endpoint, config.publish_endpoint):
             check_endpoint(endpoint, config.keys)
+        if config.retention_days is not None:
+            purge_old(config.data_dir, config.retention_days)
         self._done: queue.SimpleQueue[tuple[str, list[Event]]] = queue.SimpleQueue()
         self._stopping = threading.Event()
+        self.ended_cleanly = True
+        """After `close`: no job is running any more."""
         self._wake_lock = threading.Lock()
         self._context = zmq.Context()
         self._guard: Guard | None = None
@@ -110,7 +115,7 @@ class Server:
         if self._http is not None:
             self._http.shutdown()
             self._http.server_close()
-        self._worker.stop(_STOP_TIMEOUT_S)
+        self.ended_cleanly = self._worker.stop(_STOP_TIMEOUT_S)
         self._send(self._finished() + self.broker.commit())
         self.broker.close()
         self._close_sockets()
@@ -212,8 +217,6 @@ def serve(config: ServeConfig, make: MakeSession, *, on_started: Callable[[Serve
         The service cannot start as it is configured.
     """
     log_to_stderr()
-    if config.retention_days is not None:
-        purge_old(config.data_dir, config.retention_days)
     with Server(config, make) as server:
         previous = [(number, signal.signal(number, lambda *_: server.stop())) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
@@ -225,6 +228,10 @@ def serve(config: ServeConfig, make: MakeSession, *, on_started: Callable[[Serve
         finally:
             for number, handler in previous:
                 signal.signal(number, handler)
+    if not server.ended_cleanly:  # a compilation cannot be interrupted, and the interpreter aborts when it ends under one
+        log.warning("a job was still running; its session goes on at the next start")
+        logging.shutdown()
+        os._exit(0)
 
 
 def _serve_http(broker: Broker, port: int) -> ThreadingHTTPServer:

@@ -27,6 +27,8 @@ log = logging.getLogger("scansteer.gateway")
 
 Given = TypeVar("Given")
 
+_POLL_S = 0.1
+
 
 @dataclass(frozen=True)
 class MapSet:
@@ -150,6 +152,8 @@ class Uplink:
         return before < self._choice.n_slices == len(slices)
 
     def _fetch_maps(self, client: Client) -> None:
+        self._wait_for_posterior(client)
+
         def fetch() -> MapSet:
             arrays = client.maps(self.session_id, timeout_s=self._choice.config.finish_timeout_s)
             return MapSet(arrays, client.last_decision(self.session_id))
@@ -157,6 +161,14 @@ class Uplink:
         maps = self._try(fetch)
         if maps is not None:
             self._send_maps(maps)
+
+    def _wait_for_posterior(self, client: Client) -> None:
+        """Return when the posterior has nothing left to do; a service that goes away meanwhile is noticed."""
+        while not self._abandoned.is_set():
+            status = self._persist(lambda: client.session_status(self.session_id))
+            if status is None or status.n_jobs == 0:
+                return
+            client.take_in(_POLL_S)
 
     def _finish(self, client: Client) -> None:
         if self._choice.config.send_maps and self._repetitions:
@@ -177,8 +189,8 @@ class Uplink:
                 case _:
                     pass
 
-    def _persist(self, request: Callable[[], object]) -> None:
-        """Repeat a request until the service has answered it.
+    def _persist(self, request: Callable[[], Given]) -> Given | None:
+        """Repeat a request until the service has answered it; none if the uplink is abandoned meanwhile.
 
         Raises
         ------
@@ -189,14 +201,15 @@ class Uplink:
         """
         while not self._abandoned.is_set():
             try:
-                request()
+                answer = request()
             except ServiceSilentError:
                 self._note_away(True)
                 if time.monotonic() > self._give_up_at:
                     raise
                 continue
             self._note_away(False)
-            return
+            return answer
+        return None
 
     def _try(self, request: Callable[[], Given]) -> Given | None:
         """What a request gives; none, and a sentence to the peer, if it cannot be had."""

@@ -296,8 +296,8 @@ class Worker:
             if len(jobs) == 1:
                 (self._slow if slow else self._fast).put((session_id, job))
 
-    def stop(self, timeout_s: float) -> None:
-        """Finish the jobs that run, start no others."""
+    def stop(self, timeout_s: float) -> bool:
+        """Finish the jobs that run, start no others; false if one still runs after the time-out."""
         with self._lock:
             for jobs in self._waiting.values():
                 while len(jobs) > 1:
@@ -308,6 +308,7 @@ class Worker:
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self, lane: queue.SimpleQueue[tuple[str, Job] | None]) -> None:
         while (item := lane.get()) is not None:
