@@ -1,0 +1,167 @@
+"""The command line: every mistake gets one sentence and its exit code, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import ismrmrd
+import nibabel
+import numpy as np
+import pytest
+
+from scansteer.protocols.larg_phantom import PUBLISHED
+from scansteer.protocols.scan import Auxiliary, Scan, to_yaml
+from scansteer.realtime import cli
+from scansteer.simulators.phantom import Magnet, three_vials
+
+N = 4
+
+
+@pytest.fixture(scope="module")
+def scan() -> Scan:
+    return PUBLISHED.model_copy(
+        update={
+            "name": "small",
+            "matrix": (24, 20, 1),
+            "schedule": tuple(PUBLISHED.schedule[i] for i in (17, 0, 2, 10)),
+            "auxiliaries": {name: Auxiliary(lower=value, upper=value) for name, value in (("t1_s", 2.8), ("t2_s", 0.9))},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, scan) -> Path:
+    """A scan file and its description; spoilt variants are made from it."""
+    path = tmp_path_factory.mktemp("cli")
+    (path / "small.yaml").write_text(to_yaml(scan))
+    phantom = three_vials(scan)
+    magnet = Magnet(phantom, scan, seed=1)
+    write_mrd(path / "good.h5", [magnet.play(block) for block in scan.schedule])
+    return path
+
+
+def write_mrd(path: Path, images: list[np.ndarray], field_t: float = 9.4) -> None:
+    with ismrmrd.Dataset(str(path), "dataset") as data:
+        header = ismrmrd.xsd.ismrmrdHeader(
+            experimentalConditions=ismrmrd.xsd.experimentalConditionsType(H1resonanceFrequency_Hz=int(field_t * 42.5764e6)),
+            acquisitionSystemInformation=ismrmrd.xsd.acquisitionSystemInformationType(systemFieldStrength_T=field_t),
+        )
+        data.write_xml_header(header.toXML())
+        for repetition, pixels in enumerate(images):
+            image = ismrmrd.Image.from_array(pixels.astype(np.float32), transpose=False)
+            image.setHead(image.getHead())
+            image.repetition = repetition
+            data.append_image("image_0", image)
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["scansteer", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def images_of(folder: Path) -> list[np.ndarray]:
+    with h5py.File(folder / "good.h5") as file:
+        return list(np.array(file["dataset/image_0/data"])[:, 0])
+
+
+def test_replay_leaves_decisions_maps_summary_and_report(monkeypatch, capsys, folder, tmp_path):
+    code, _, _ = run(monkeypatch, capsys, "replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out", tmp_path, "--maps-at", "2")
+    assert code == 0
+    decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    assert [decision["n_images"] for decision in decisions] == [1, 2, 3, 4]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {"scan", "n_images", "would_stop_at", "nrmse_median", "latency_ms", "ready_s", "versions"} <= set(summary)
+    for place in ("maps", "maps_002"):
+        image = nibabel.load(tmp_path / place / "fs_map.nii.gz")
+        assert image.shape[:2] == (24, 20)
+    assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_first_images_of_a_replay_are_those_of_the_whole(monkeypatch, capsys, folder, tmp_path):
+    for out, more in (("all", ()), ("two", ("--images", "2"))):
+        assert run(monkeypatch, capsys, "replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out", tmp_path / out, *more)[0] == 0
+    whole, part = ([json.loads(line) for line in (tmp_path / out / "decisions.jsonl").read_text().splitlines()] for out in ("all", "two"))
+    for decision in whole + part:
+        for key in ("session_id", "latency_ms", "margin_ms"):
+            decision.pop(key)
+    assert part == whole[:2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("replay", "good.h5", "--scan", "nowhere", "--out", "out"), "Unknown scan 'nowhere'"),
+        (("replay", "none.h5", "--scan", "small.yaml", "--out", "out"), "none.h5"),
+        (("replay", "small.yaml", "--scan", "small.yaml", "--out", "out"), "not an MRD file"),
+        (("replay", "good.h5", "--scan", "mt-mouse-7T-30", "--out", "out"), "7 T"),
+        (("replay", "good.h5", "--scan", "small.yaml", "--out", "out", "--maps-at", "x"), "--maps-at"),
+        (("replay", "good.h5", "--scan", "small.yaml", "--out", "out", "--map", "t9=a.nii.gz"), "t9"),
+        (("replay", "good.h5", "--scan", "small.yaml", "--out", "out", "--map", "t1"), "NAME=VALUE"),
+        (("replay", "good.h5", "--scan", "small.yaml", "--out", "out", "--roi", "none.nii.gz"), "none.nii.gz"),
+        (("replay", "good.h5", "--scan", "wrong.yaml", "--out", "out"), "unknown field 'flip'"),
+        (("replay", "good.h5", "--scan", "small.yaml"), "out"),
+        (("scans", "show", "nothing"), "nothing"),
+        (("scans", "show"), "--schema"),
+        (("simulate", "--scan", "small.yaml", "--seq", "x.seq"), "either"),
+        (("serve", "--config", "none.yaml"), "none.yaml"),
+        (("frobnicate",), "frobnicate"),
+    ],
+)
+def test_wrong_use_ends_with_one_sentence_and_exit_code_2(monkeypatch, capsys, folder, arguments, sentence):
+    monkeypatch.chdir(folder)
+    (folder / "wrong.yaml").write_text((folder / "small.yaml").read_text() + "flip: 60\n")
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    last = err.strip().splitlines()[-1]
+    assert code == 2
+    assert sentence in last
+    assert "Traceback" not in err
+
+
+def test_a_scan_of_another_length_is_refused(monkeypatch, capsys, folder, tmp_path):
+    write_mrd(tmp_path / "short.h5", images_of(folder)[:3])
+    code, _, err = run(monkeypatch, capsys, "replay", tmp_path / "short.h5", "--scan", folder / "small.yaml", "--out", tmp_path / "out")
+    assert code == 2
+    assert "3" in err
+    assert "4" in err
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0])
+def test_an_unusable_image_costs_only_itself(monkeypatch, capsys, folder, tmp_path, value):
+    images = images_of(folder)
+    images[2] = np.full_like(images[2], value)
+    write_mrd(tmp_path / "spoilt.h5", images)
+    code, _, err = run(monkeypatch, capsys, "replay", tmp_path / "spoilt.h5", "--scan", folder / "small.yaml", "--out", tmp_path / "out")
+    assert code == 1
+    assert "repetition 2" in err.strip().splitlines()[-1]
+    decisions = [json.loads(line) for line in (tmp_path / "out" / "decisions.jsonl").read_text().splitlines()]
+    assert [decision["repetition"] for decision in decisions] == [0, 1, 3]
+    assert (tmp_path / "out" / "maps" / "fs_map.nii.gz").is_file()
+
+
+def test_scan_files_make_the_round_trip(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    assert run(monkeypatch, capsys, "scans", "export", "mt-mouse-7T-30", path)[0] == 0
+    code, out, _ = run(monkeypatch, capsys, "scans", "check", path)
+    assert code == 0
+    assert "30 images" in out
+    assert json.loads(run(monkeypatch, capsys, "scans", "show", "--schema")[1])["title"] == "Scan"
+    assert "larg-phantom-9.4T" in run(monkeypatch, capsys, "scans", "list")[1]
+
+
+def test_the_installed_command_starts(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "scansteer.realtime.cli", "scans", "list"], capture_output=True, text=True, timeout=120, env={**os.environ}
+    )
+    assert done.returncode == 0
+    assert "larg-phantom-9.4T" in done.stdout
