@@ -125,7 +125,7 @@ def small_scan() -> Scan:
 
 def test_a_killed_service_goes_on_as_if_nothing_had_happened(tmp_path):
     scan = PUBLISHED.model_copy(update={"matrix": None})
-    check(tmp_path, "fake", scan, n_kills=4, rounds=1)
+    check(tmp_path, "fake", scan, n_kills=3, rounds=1)
 
 
 @pytest.mark.long

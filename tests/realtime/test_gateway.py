@@ -455,6 +455,7 @@ def test_another_series_only_passes(fire, service, make_image):
         fire.send(IMAGE, make_image(repetition, seed=80, series_index=2))
     fire.end()
     assert uses(fire, service) == 2
+    assert any("belongs to series 2, and series 1 is used" in said for said in fire.texts)
 
 
 def test_phase_images_and_unknown_roles_only_pass(fire, service, make_image):
