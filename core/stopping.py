@@ -22,6 +22,8 @@ class Rule(NamedTuple):
     fraction_converged: float
     n_min: int
     confirmations: int
+    plateau: float | None = None
+    """Gain of the rest of the schedule [nat of log confidence-region area] below which going on is futile; none: never futile."""
 
 
 class Region(NamedTuple):
@@ -68,26 +70,29 @@ def needed(rule: Rule, region: Region) -> float:
     return min(1.0, p + 1.28 * float(np.sqrt(p * (1 - p) / max(region.n_effective, 1.0))))
 
 
-def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto: str | None) -> tuple[State, Verdict]:
+def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto: str | None, remaining_gain: float) -> tuple[State, Verdict]:
     """One more image: has every region met its target often enough, and does nothing speak against it?
 
     Parameters
     ----------
     veto
         Why a stop is out of the question at this image (lack of fit, disagreement, ..); none: nothing speaks against it.
+    remaining_gain
+        What the rest of the schedule is expected to take off the log confidence-region area [nat].
     """
     behind = [region for region in regions if region.fraction_converged < needed(rule, region)]
+    futile = rule.plateau is not None and remaining_gain < rule.plateau
     if veto is not None:
         return State(0, state.would_stop_at), Verdict(False, veto)
-    if behind:
+    if behind and not futile:
         worst = min(behind, key=lambda region: region.fraction_converged - needed(rule, region))
         reason = f"{worst.fraction_converged:.0%} of the voxels of region {worst.name!r} have converged, {needed(rule, worst):.0%} are needed."
         return State(0, state.would_stop_at), Verdict(False, reason)
     streak = state.streak + 1
+    said = f"The rest of the schedule is expected to bring {remaining_gain:.2f} nat, a plateau" if behind else "All regions have converged"
     if n_images < rule.n_min:
-        return State(streak, state.would_stop_at), Verdict(False, f"All regions have converged; no stop before {rule.n_min} images.")
+        return State(streak, state.would_stop_at), Verdict(False, f"{said}; no stop before {rule.n_min} images.")
     if streak < rule.confirmations:
-        reason = f"All regions have converged; confirmation {streak} of {rule.confirmations}."
-        return State(streak, state.would_stop_at), Verdict(False, reason)
+        return State(streak, state.would_stop_at), Verdict(False, f"{said}; confirmation {streak} of {rule.confirmations}.")
     at = n_images if state.would_stop_at is None else state.would_stop_at
-    return State(streak, at), Verdict(True, f"All regions have met their targets at {streak} consecutive images.")
+    return State(streak, at), Verdict(True, f"{said}, at {streak} consecutive images.")

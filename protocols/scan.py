@@ -175,8 +175,9 @@ class Stop(Model):
     """Consecutive images at which the target must be met."""
     fraction_converged: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of a region's voxels whose intervals must meet the targets."""
-    lack_of_fit_probability: Annotated[float, Field(gt=0, lt=0.5)] = 0.001
-    """A new image less probable than this under the posterior predictive vetoes a stop."""
+    plateau_nat: Positive | None = None
+    """Stop, targets met or not, once the rest of the schedule is expected to take less than this off the log confidence-region area
+    [nat]; none: never."""
 
 
 class Limits(Model):

@@ -65,6 +65,13 @@ class Advisor:
         self._warm_up()
         self._begin()
 
+    def rehearse(self, reference: Reference) -> None:
+        """Advise once on the reference's made-up voxels, so that nothing is left to compile, then forget it."""
+        self.play(self.scan.schedule[0])
+        region = np.arange(len(reference.rehearsal.nrmse))
+        self.advise(reference, reference.rehearsal, [region], NoiseEstimate(1.0, 1.0), 0)
+        self._begin()
+
     def play(self, block: SaturationBlock) -> None:
         """Carry magnetisation and history through one repetition."""
         begun = block if self.history else block.model_copy(update={"t_rec_s": 0.0})  # the first state is that before the RF
@@ -130,8 +137,9 @@ class Advisor:
     def _simulated(self) -> Coarse:
         read = jax.jit(dictionary.reading)(self._forward)
         respond = jax.jit(predictive.response)
-        each = [respond(read, self._map_of(self.candidates.block(index))) for index in range(len(self.candidates))]
-        return Coarse(self._forward, read, _stacked(each), jax.tree.map(jnp.asarray, self._star.place))
+        chain, tissue = jax.tree.map(jnp.asarray, self._star.place)
+        each = [respond(read, self._map_of(self.candidates.block(index)), tissue) for index in range(len(self.candidates))]
+        return Coarse(self._forward, read, predictive.together(each), (chain, tissue))
 
     def _map_of(self, block: SaturationBlock) -> LongitudinalMap:
         return self._block_map(self._forward, tissue_model.saturation(self.scan, block))

@@ -82,7 +82,8 @@ class Reference:
         self._weights: list[jnp.ndarray] = []
         self._shifts: list[jnp.ndarray | None] = []
         self._sums: list[Sums] = []
-        self._warm_up()
+        self.rehearsal = self._rehearse()
+        """What made-up voxels lead to: for others to compile with."""
 
     @property
     def prior(self) -> Prior:
@@ -208,14 +209,15 @@ class Reference:
         described = self.scan.auxiliaries[name]  # type: ignore[index]
         return np.clip(values, described.lower, described.upper)
 
-    def _warm_up(self) -> None:
+    def _rehearse(self) -> Info:
         """Run everything once on made-up voxels, then forget them."""
         axes = {axis.name: axis for axis in self.model.axes}
         self.begin({name: np.full(BLOCK + 1, axes[name].lower) for name in self._mapped}, np.full(BLOCK + 1, 100.0))
-        state = self._state
+        state, info = self._state, None
         for number in range(2):
-            self.absorb(np.full(BLOCK + 1, 100.0), NoiseEstimate(1.0, 1.0), self.scan.schedule[0], first=number == 0)
+            info = self.absorb(np.full(BLOCK + 1, 100.0), NoiseEstimate(1.0, 1.0), self.scan.schedule[0], first=number == 0)
         self._state = state
+        return info
 
 
 def _step(sums: Sums, columns, signal, noise: Noise, prior: Prior, shift) -> tuple[Sums, Info]:

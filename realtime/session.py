@@ -18,6 +18,7 @@ from scansteer.core.grid_posterior import Info
 from scansteer.protocols.scan import SaturationBlock, Scan
 from scansteer.realtime import maps as map_files
 from scansteer.realtime import roi
+from scansteer.realtime.advisor import Advice, Advisor
 from scansteer.realtime.images import Frame, Geometry, check_usable
 from scansteer.realtime.messages import (
     Decision,
@@ -27,6 +28,7 @@ from scansteer.realtime.messages import (
     ParameterReport,
     Pulse,
     RegionReport,
+    SuggestedPulse,
 )
 from scansteer.realtime.reference import Reference
 from scansteer.realtime.roi import Region
@@ -104,9 +106,11 @@ class Session:
         mapped, self._opening_warnings = _usable_roles(setup.scan, [*setup.auxiliaries, *self._files.maps])
         self._roles = mapped
         self._reference = Reference(self.scan, [AUXILIARIES[role] for role in mapped])
+        self._advisor = Advisor(self.scan)
+        self._advisor.rehearse(self._reference)
         targets = [parameter.target_halfwidth_relative for parameter in self.scan.parameters.values()]
         stop = self.scan.stop
-        self._rule = stopping.Rule((targets[0], targets[1]), stop.fraction_converged, stop.n_min, stop.confirmations)
+        self._rule = stopping.Rule((targets[0], targets[1]), stop.fraction_converged, stop.n_min, stop.confirmations, stop.plateau_nat)
         self._stopping = stopping.init()
         self._voxels: Voxels | None = None
         self._signals: list[np.ndarray] = []
@@ -130,6 +134,7 @@ class Session:
         self._signals.append(frame.pixels.reshape(-1)[voxels.index])
         estimate = self._noise()
         self._info = self._reference.absorb(self._signals[-1], estimate, block, first=self._n_played == 0)
+        self._advisor.play(block)
         self._n_played += 1
         updated = time.perf_counter()
         decision = self._decide(frame.repetition, voxels, self._info, estimate, tuple(warnings))
@@ -146,8 +151,7 @@ class Session:
         """No usable image of this repetition exists, but its pulse was played: carry the magnetisation on."""
         block = self._block(repetition, pulse)
         self._skip_to(repetition)
-        self._reference.play(block, first=self._n_played == 0)
-        self._n_played += 1
+        self._play(block)
 
     def maps(self) -> dict[str, np.ndarray]:
         """Name -> (z, y, x) float32, NaN outside the region."""
@@ -190,8 +194,13 @@ class Session:
         if repetition < self._n_played:
             raise InputError(f"Repetition {repetition} comes after repetition {self._n_played - 1}: images must come in order, each once.")
         while self._n_played < repetition:
-            self._reference.play(self._block(self._n_played, None), first=self._n_played == 0)
-            self._n_played += 1
+            self._play(self._block(self._n_played, None))
+
+    def _play(self, block: SaturationBlock) -> None:
+        """A repetition without an image that counts."""
+        self._reference.play(block, first=self._n_played == 0)
+        self._advisor.play(block)
+        self._n_played += 1
 
     def _begin(self, frame: Frame, warnings: list[str]) -> Voxels:
         """Freeze the region from the first usable image and the auxiliary maps."""
@@ -256,7 +265,8 @@ class Session:
             stopping.Region(region.name, float(np.mean(converged[at])), independent * len(at))
             for region, at in zip(voxels.regions, voxels.places, strict=True)
         ]
-        self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto)
+        advice = self._advisor.advise(self._reference, info, voxels.places, estimate, repetition)
+        self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto, advice.remaining_gain)
         reports = tuple(
             self._report(region.name, info, at, halfwidth[at], float(np.mean(converged[at])))
             for region, at in zip(voxels.regions, voxels.places, strict=True)
@@ -271,7 +281,7 @@ class Session:
             reason=verdict.reason,
             would_stop_at=self._stopping.would_stop_at,
             regions=reports,
-            next_pulse=None,
+            next_pulse=None if verdict.stop else _suggestion(advice),
             lack_of_fit=LackOfFit(statistic=fit.statistic, passed=fit.passed),
             posterior_source="reference",
             audit=None,
@@ -311,6 +321,10 @@ class Session:
         volume = np.full(self._voxels.geometry.shape, np.nan, np.float32)
         volume.reshape(-1)[self._voxels.index] = values
         return volume
+
+
+def _suggestion(advice: Advice) -> SuggestedPulse | None:
+    return None if advice.block is None else SuggestedPulse(**advice.block.model_dump(), expected_gain=advice.gain)
 
 
 def versions() -> dict[str, str]:

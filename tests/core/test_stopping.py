@@ -10,7 +10,7 @@ RULE = Rule(halfwidth_relative=(0.2, 0.3), fraction_converged=0.9, n_min=4, conf
 def run(fractions, vetoes=()):
     state, verdicts = stopping.init(), []
     for n, fraction in enumerate(fractions, start=1):
-        state, verdict = stopping.update(RULE, state, n, [Region("a", fraction, 1e6)], "no fit" if n in vetoes else None)
+        state, verdict = stopping.update(RULE, state, n, [Region("a", fraction, 1e6)], "no fit" if n in vetoes else None, 1.0)
         verdicts.append(verdict)
     return state, verdicts
 
@@ -36,7 +36,7 @@ def test_veto_prevents_a_stop_and_names_itself():
 
 
 def test_the_slowest_region_decides():
-    _, verdict = stopping.update(RULE, stopping.State(5, None), 9, [Region("a", 1.0, 1e6), Region("b", 0.2, 1e6)], None)
+    _, verdict = stopping.update(RULE, stopping.State(5, None), 9, [Region("a", 1.0, 1e6), Region("b", 0.2, 1e6)], None, 1.0)
     assert not verdict.stop
     assert "'b'" in verdict.reason
 
@@ -58,3 +58,13 @@ def test_few_independent_voxels_need_a_larger_share():
     assert stopping.needed(RULE, Region("a", 0.0, 1e6)) == pytest.approx(0.9, abs=1e-3)
     assert stopping.needed(RULE, Region("a", 0.0, 100)) == pytest.approx(0.9384)
     assert stopping.needed(RULE, Region("a", 0.0, 2)) == 1.0
+
+
+def test_a_plateau_ends_a_scan_whose_rest_would_bring_nothing():
+    rule = RULE._replace(plateau=0.1)
+    behind = [Region("a", 0.2, 1e6)]
+    state, verdict = stopping.update(rule, stopping.State(1, None), 9, behind, None, 0.05)
+    assert verdict.stop
+    assert "plateau" in verdict.reason
+    assert not stopping.update(rule, stopping.State(1, None), 9, behind, None, 0.5)[1].stop
+    assert not stopping.update(rule, stopping.State(1, None), 9, behind, "no fit", 0.05)[1].stop
