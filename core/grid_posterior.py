@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scansteer.core import lattice, likelihood, region
-from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.lattice import Box
+from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.region import Summary
 
 

@@ -10,7 +10,8 @@ the discrepancy and e ~ N(0, sigma^2) the noise in pixel units. With s^2 = sigma
 * sigma^2 is known from nu degrees of freedom, jointly for all images, hence a Student-t of the running sums.
 
 Inside s^2 and rho the amplitude is the one that the lattice point itself implies, F'S / F'F (Laplace's approximation of that
-dependence), averaged over a block's voxels, which are of like brightness; the normaliser -(n - 1) log s is kept, without which f is biased by a quarter at small n.
+dependence), averaged over a block's voxels, which are of like brightness; the normaliser -(n - 1) log s
+is kept, without which f is biased by a quarter at small n.
 One image costs the same whether it is the second or the thousandth.
 """
 

@@ -13,7 +13,12 @@ import typer
 
 from scansteer.core.errors import InputError, ScansteerError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Live posteriors and decisions for quantitative CEST / MT scans.")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Live posteriors and decisions for quantitative CEST / MT scans.",
+)
 scans_app = typer.Typer(no_args_is_help=True, help="Built-in scans and scan files.")
 sessions_app = typer.Typer(no_args_is_help=True, help="Sessions that the service has stored.")
 keys_app = typer.Typer(no_args_is_help=True, help="CURVE keys.")
@@ -23,7 +28,10 @@ app.add_typer(keys_app, name="keys")
 
 ScanOption = Annotated[str, typer.Option("--scan", metavar="NAME|FILE", help="Built-in scan or YAML file.")]
 RoiOption = Annotated[Path | None, typer.Option("--roi", metavar="LABELS.nii.gz", help="Label image of the regions; default: automatic foreground.")]
-MapOption = Annotated[list[str] | None, typer.Option("--map", metavar="NAME=FILE.nii.gz", help="Auxiliary map: t1, t2 (ms), b0 (Hz), b1 (relative), fss, kssw.")]
+MapOption = Annotated[
+    list[str] | None,
+    typer.Option("--map", metavar="NAME=FILE.nii.gz", help="Auxiliary map: t1, t2 (ms), b0 (Hz), b1 (relative), fss, kssw."),
+]
 EncoderOption = Annotated[str | None, typer.Option("--encoder", metavar="FILE|none", help="Trained encoder; default: the shipped one, if any.")]
 
 

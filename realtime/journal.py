@@ -129,10 +129,8 @@ class Journal:
         """
         if self._broken:
             raise JournalError(f"Journal {self.path} failed before; restart the service when the disk is well.")
-        if body_crc32 is not None and len(frames) == 2:
-            checksums = (zlib.crc32(frames[0]), body_crc32)
-        else:
-            checksums = tuple(map(zlib.crc32, frames))
+        known = body_crc32 is not None and len(frames) == 2
+        checksums = (zlib.crc32(frames[0]), body_crc32) if known else tuple(map(zlib.crc32, frames))
         entry = Entry(self.next_sequence, self.end, tuple(map(len, frames)), checksums)
         head = _head(entry)
         end = self.end + len(head) + sum(entry.lengths)

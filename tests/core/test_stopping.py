@@ -63,7 +63,7 @@ def test_few_independent_voxels_need_a_larger_share():
 def test_a_plateau_ends_a_scan_whose_rest_would_bring_nothing():
     rule = RULE._replace(plateau=0.1)
     behind = [Region("a", 0.2, 1e6)]
-    state, verdict = stopping.update(rule, stopping.State(1, None), 9, behind, None, 0.05)
+    _, verdict = stopping.update(rule, stopping.State(1, None), 9, behind, None, 0.05)
     assert verdict.stop
     assert "plateau" in verdict.reason
     assert not stopping.update(rule, stopping.State(1, None), 9, behind, None, 0.5)[1].stop

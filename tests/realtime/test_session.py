@@ -137,7 +137,7 @@ def test_unusable_images_are_refused_and_change_nothing(scan, frames, pixels):
     one = session(scan)
     play(one, frames[:2])
     bad = Frame(np.full_like(frames[2].pixels, pixels), frames[2].geometry, repetition=2)
-    with pytest.raises(InputError, match="repetition 2|image"):
+    with pytest.raises(InputError, match="repetition 2"):
         one.absorb(bad, received_at=0.0)
     one.absorb(frames[2], received_at=0.0)
     assert one.summary().n_images == 3
