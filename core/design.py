@@ -24,10 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scansteer.core import lattice, predictive
-from scansteer.core.dictionary import Magnetisation
 from scansteer.core.lattice import Box
-from scansteer.core.predictive import Coarse
-from scansteer.core.signal import LongitudinalMap
 
 N_DRAWS = 16
 NARROW = 12.0
@@ -45,12 +42,14 @@ class Draws(NamedTuple):
 
 
 class Conditional(eqx.Module):
-    """What the images so far say of amplitude and nuisances, at each draw of each voxel; float32."""
+    """What the images so far say of amplitude and nuisances at each draw of each voxel, as weights of the star's nodes; float32.
 
-    mean: Float[Array, "voxel draw column"]
-    """b, a (1, u) [pixel units]."""
-    root: Float[Array, "voxel draw column column"]
-    """R with R R' = A^-1."""
+    A candidate with signals x at the nodes (the last node reads 1) reads x . mean, with variance s^2 (1 + |x root|^2).
+    """
+
+    mean: Float[Array, "voxel draw node_"]
+    """[pixel units]"""
+    root: Float[Array, "voxel draw node_ column"]
     variance: Float[Array, "voxel draw"]
     """s^2, noise and discrepancy [pixel^2]."""
 
@@ -59,8 +58,7 @@ class Question(eqx.Module):
     """What is asked about a few voxels: where their posteriors lie, and what the images so far say there."""
 
     weights: Float[Array, "voxel column node_"]
-    rows: tuple[Float[Array, "voxel draw point_f"], Float[Array, "voxel draw point_k"]]
-    """These two as in `predictive.at_draws`."""
+    """From the star's nodes, and a last node that always reads 1, to the likelihood's columns."""
     gram: Float[Array, "voxel draw column column"]
     projection: Float[Array, "voxel draw column"]
     shift: Float[Array, "voxel nuisance"]
@@ -139,84 +137,93 @@ def seed_of(name: str, n_images: int) -> int:
 
 
 def answer(
-    question: Question, coarse: Coarse, state: Magnetisation, schedule: LongitudinalMap, counts: Float[Array, " image"]
+    question: Question,
+    candidates: Float[Array, "voxel draw node image"],
+    rest: Float[Array, "voxel draw node image"],
+    counts: Float[Array, " image"],
 ) -> Answer:
     """What every candidate, and the rest of the schedule, is expected to tell.
 
     Parameters
     ----------
-    state
-        Magnetisation after the latest readout, at the coarse nodes and points.
-    schedule
-        Maps of the next images of the schedule, as many as fit.
+    candidates, rest
+        Signals at the draws, by `predictive.at_draws`. That is compiled apart: in one piece with what follows XLA lays its product out
+        for the reader, and takes twice as long.
     counts
         1 for images of the schedule's rest, 0 for what merely fills the array.
     """
-    candidates, ahead = predictive.predict(coarse, state), predictive.predict_ahead(coarse, state, schedule)
-    n_nuisances = question.shift.shape[1]
-    centring = jnp.eye(n_nuisances + 1) + jnp.pad(question.shift[:, :, None], ((0, 0), (1, 0), (0, n_nuisances)))  # F + X shift, X
-    gram = jnp.einsum("vic,vkij,vjd->vkcd", centring, question.gram, centring)
-    projection = jnp.einsum("vic,vki->vkc", centring, question.projection)
-    given = condition(gram, projection, question.variance, question.discrepancy)
-    weights = jnp.einsum("vic,vin->vcn", centring, question.weights).astype(jnp.float32)
-    rows = (question.rows[0].astype(jnp.float32), question.rows[1].astype(jnp.float32))
-    draw_weights, contrast = question.draw_weights.astype(jnp.float32), question.contrast.astype(jnp.float32)
-    gains = gain(predictive.at_draws(candidates, weights, rows), given, draw_weights, contrast)
-    rest = predictive.at_draws(ahead, weights, rows) * counts.astype(jnp.float32)[:, None, None, None]
+    given = jax.lax.optimization_barrier(condition(question))
+    draws = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (question.draw_weights, question.contrast))
+    importance, counts = question.importance.astype(jnp.float32), counts.astype(jnp.float32)
     return Answer(
-        gains @ question.importance.astype(jnp.float32),
-        gain(rest[:1], given, draw_weights, contrast)[0] @ question.importance,
-        joint_gain(rest, given, draw_weights, contrast) @ question.importance,
+        importance @ gain(candidates, given, *draws),
+        importance @ gain(rest[..., :1], given, *draws)[:, 0] * counts[0],
+        importance @ joint_gain(rest, counts, given, *draws),
     )
 
 
-def condition(
-    gram: Float[Array, "voxel draw column column"],
-    projection: Float[Array, "voxel draw column"],
-    noise_variance: Float[Array, ""],
-    discrepancy_variance: Float[Array, ""],
-) -> Conditional:
-    """Fit amplitude and nuisances at every draw, from the running sums there (nuisances relative to their known means)."""
+def condition(question: Question) -> Conditional:
+    """Fit amplitude and nuisances at every draw from the running sums there."""
+    n_columns = question.gram.shape[-1]
+    centring = jnp.eye(n_columns) + jnp.pad(question.shift[:, :, None], ((0, 0), (1, 0), (0, n_columns - 1)))  # F + X shift, X
+    gram = jnp.einsum("vic,vkij,vjd->vkcd", centring, question.gram, centring)
+    projection = jnp.einsum("vic,vki->vkc", centring, question.projection)
     implied = jnp.maximum(projection[..., 0] / gram[..., 0, 0], 1e-9) ** 2
-    variance = noise_variance + discrepancy_variance * implied
-    n_columns = gram.shape[-1]
-    ridge = jnp.where(jnp.arange(n_columns) > 0, (variance / implied)[..., None], 1e-9 * gram[..., 0, 0][..., None])
+    variance = question.variance + question.discrepancy * implied
+    is_nuisance = jnp.arange(n_columns) > 0
+    ridge = jnp.where(is_nuisance, (variance / implied)[..., None], 1e-9 * gram[..., 0, 0][..., None])
     lower = jnp.linalg.cholesky(gram + ridge[..., None] * jnp.eye(n_columns))
     inverse = jax.scipy.linalg.solve_triangular(lower, jnp.broadcast_to(jnp.eye(n_columns), lower.shape), lower=True)
-    mean = jnp.einsum("vkji,vkj->vki", inverse, jnp.einsum("vkij,vkj->vki", inverse, projection))
-    return Conditional(*(each.astype(jnp.float32) for each in (mean, jnp.swapaxes(inverse, -1, -2), variance)))
+    to_nodes = jnp.einsum("vic,vin->vnc", centring, question.weights)
+    root = jnp.einsum("vnc,vkec->vkne", to_nodes, inverse)
+    mean = jnp.einsum("vkne,vkec,vkc->vkn", root, inverse, projection)
+    return Conditional(*(each.astype(jnp.float32) for each in (mean, root, variance)))
 
 
 def gain(
-    columns: Float[Array, "candidate voxel draw column"],
+    signals: Float[Array, "voxel draw node image"],
     given: Conditional,
     weights: Float[Array, "voxel draw"],
     contrast: Float[Array, "voxel form draw"],
-) -> Float[Array, "candidate voxel"]:
-    """Expected gain of every candidate in every voxel [nat]."""
-    mean = jnp.einsum("pvkc,vkc->pvk", columns, given.mean)
-    blur = 1 + jnp.sum(jnp.einsum("pvkc,vkce->pvke", columns, given.root) ** 2, axis=-1)
-    spread = jnp.sum(jnp.einsum("pvk,vhk->pvh", mean, contrast) ** 2, axis=-1)
-    return 0.5 * jnp.log1p(spread / jnp.einsum("pvk,vk->pv", blur, given.variance * weights))
+) -> Float[Array, "voxel image"]:
+    """Expected gain of each of several images, one instead of the other [nat]."""
+    mean, along = _read(signals, given)
+    blur = jnp.einsum("vk,vki->vi", given.variance * weights, 1 + sum(each**2 for each in along))
+    spread = jnp.sum(jnp.einsum("vhk,vki->vhi", contrast, mean) ** 2, axis=1)
+    return 0.5 * jnp.log1p(spread / blur)
 
 
 def joint_gain(
-    columns: Float[Array, "image voxel draw column"],
+    signals: Float[Array, "voxel draw node image"],
+    counts: Float[Array, " image"],
     given: Conditional,
     weights: Float[Array, "voxel draw"],
     contrast: Float[Array, "voxel form draw"],
 ) -> Float[Array, " voxel"]:
-    """Expected gain of several images together [nat]: what the rest of a schedule is still expected to bring.
+    """Expected gain of several images together [nat]; those with counts 0 are left out.
 
-    1/2 log det(1 + C^-1 Cov_d[m_d]) with C = Mean_d[s^2 (1 + Phi A_d^-1 Phi')]; images that do not count have columns of zeros.
+    1/2 log det(1 + C^-1 Cov_d[m_d]) with C = Mean_d[s^2 (1 + X root_d root_d' X')]
     """
-    mean = jnp.einsum("ivkc,vkc->vik", columns, given.mean)
-    spread = jnp.einsum("vik,vhk->vih", mean, contrast)
-    along = jnp.einsum("ivkc,vkce->vkie", columns, given.root) * jnp.sqrt(given.variance * weights)[..., None, None]
-    blur = jnp.einsum("vkie,vkje->vij", along, along)
-    noise = jnp.sum(given.variance * weights, axis=1)[:, None, None] * jnp.eye(len(columns), dtype=blur.dtype)
-    half = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(blur + noise), spread, lower=True)
+    mean, along = _read(signals, given)
+    share = given.variance * weights
+    varied = jnp.stack(along, axis=-1) * counts[:, None] * jnp.sqrt(share)[..., None, None]
+    blur = jnp.einsum("vkie,vkje->vij", varied, varied) + jnp.sum(share, axis=1)[:, None, None] * jnp.eye(len(counts), dtype=varied.dtype)
+    spread = jnp.einsum("vki,vhk->vih", mean * counts, contrast)
+    half = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(blur), spread, lower=True)
     return 0.5 * jnp.linalg.slogdet(jnp.eye(half.shape[2], dtype=half.dtype) + jnp.einsum("vih,vig->vhg", half, half))[1]
+
+
+def _read(signals: Array, given: Conditional) -> tuple[Float[Array, "voxel draw image"], list[Float[Array, "voxel draw image"]]]:
+    """What is read on average, and how it varies with amplitude and each nuisance in units of s.
+
+    The loop over nodes is written out: eight times faster than a product of many small matrices.
+    """
+
+    def read(weights: Array) -> Array:
+        n_nodes = signals.shape[2]
+        return sum((signals[:, :, n] * weights[:, :, n, None] for n in range(n_nodes)), weights[:, :, n_nodes, None])
+
+    return read(given.mean), [read(given.root[..., c]) for c in range(given.root.shape[-1])]
 
 
 def barred(

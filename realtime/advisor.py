@@ -33,6 +33,10 @@ MOST_AHEAD = 48
 """Images of the schedule's rest that are looked ahead."""
 
 
+Rows = tuple[np.ndarray, np.ndarray]
+"""As `design.rows` gives them."""
+
+
 class Advice(NamedTuple):
     """What to play next, and what it is worth: expected loss of log confidence-region area, mean over the sampled voxels [nat]."""
 
@@ -57,6 +61,8 @@ class Advisor:
         self._star, self._forward = forward.coarse(scan)
         self._block_map = jax.jit(dictionary.block_map)
         self._play = jax.jit(dictionary.play)
+        self._candidates_at = jax.jit(lambda coarse, state, rows: predictive.at_draws(predictive.predict(coarse, state), rows))
+        self._rest_at = jax.jit(lambda coarse, state, blocks, rows: predictive.at_draws(predictive.predict_ahead(coarse, state, blocks), rows))
         self._answer = jax.jit(design.answer)
         self._coarse = self._simulated()
         self._schedule = _stacked([self._map_of(block) for block in scan.schedule])
@@ -92,22 +98,22 @@ class Advisor:
         regions
             Voxels of each region, as indices into the leaves of `info`.
         """
-        question = self._question(reference, info, regions, noise, repetition)
-        answer = self._asked(question, repetition + 1)
+        answer = self._asked(*self._question(reference, info, regions, noise, repetition), repetition + 1)
         allowed, gains = self.allowed(), np.asarray(answer.candidates)
         best = int(np.argmax(np.where(allowed, gains, -np.inf)))
         block, gain = (self.candidates.block(best), float(gains[best])) if allowed[best] else (None, 0.0)
         return Advice(block, gain, float(answer.scheduled), float(answer.remaining))
 
-    def _question(self, reference: Reference, info: Info, regions: Sequence[np.ndarray], noise: NoiseEstimate, repetition: int) -> Question:
+    def _question(
+        self, reference: Reference, info: Info, regions: Sequence[np.ndarray], noise: NoiseEstimate, repetition: int
+    ) -> tuple[Question, Rows]:
         summary, box = info.summary, reference.prior.box
         voxels, importance = sampled(regions, summary.mean)
         seed = design.seed_of(self.scan.name, repetition)
         drawn = design.draw(info.log_posterior[voxels], summary.mean[voxels], summary.covariance[voxels], box, seed)
         running = reference.running(voxels, drawn.cells)
-        return Question(
+        question = Question(
             weights=np.stack([self._columns(maps) for maps in running.maps]),
-            rows=design.rows(drawn.cells, box.n_points),
             gram=running.gram,
             projection=running.projection,
             shift=running.shift,
@@ -117,13 +123,15 @@ class Advisor:
             variance=jnp.asarray(noise.sigma**2),
             discrepancy=jnp.asarray(self.scan.noise.discrepancy**2),
         )
+        return question, design.rows(drawn.cells, box.n_points)
 
-    def _asked(self, question: Question, next_repetition: int) -> Answer:
+    def _asked(self, question: Question, rows: Rows, next_repetition: int) -> Answer:
         n_scheduled = len(self.scan.schedule)
         ahead = next_repetition + np.arange(min(n_scheduled, MOST_AHEAD))
         blocks = jax.tree.map(lambda leaf: leaf[np.minimum(ahead, n_scheduled - 1)], self._schedule)
         counts = (ahead < n_scheduled).astype(float)
-        return jax.block_until_ready(self._answer(question, self._coarse, self._state, blocks, counts))
+        rest = self._rest_at(self._coarse, self._state, blocks, rows)
+        return jax.block_until_ready(self._answer(question, self._candidates_at(self._coarse, self._state, rows), rest, counts))
 
     def _columns(self, maps: dict[str, Measured]) -> Float[np.ndarray, "column node_"]:
         """From the star's nodes to the likelihood's columns, of the middle component where nuisances are a mixture."""
@@ -156,7 +164,6 @@ class Advisor:
         shape = (N_VOXELS, design.N_DRAWS)
         question = Question(
             weights=np.repeat(self._columns({})[None], N_VOXELS, axis=0),
-            rows=design.rows(np.zeros(shape, int), forward.N_POINTS),
             gram=np.broadcast_to(np.eye(n_columns), (*shape, n_columns, n_columns)),
             projection=np.ones((*shape, n_columns)),
             shift=np.zeros((N_VOXELS, n_columns - 1)),
@@ -167,7 +174,7 @@ class Advisor:
             discrepancy=jnp.asarray(0.0),
         )
         self.play(self.scan.schedule[0])
-        self._asked(question, 1)
+        self._asked(question, design.rows(np.zeros(shape, int), forward.N_POINTS), 1)
 
 
 def sampled(regions: Sequence[np.ndarray], values: Float[np.ndarray, "voxel 2"]) -> tuple[np.ndarray, np.ndarray]:
