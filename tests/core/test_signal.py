@@ -1,0 +1,195 @@
+"""Longitudinal maps and signals: against events played one by one, against finite differences, in every shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scansteer.core import events, signal, two_pool
+from scansteer.core import bloch_mcconnell as bm
+from scansteer.core.saturation import Saturation, Train
+from scansteer.core.signal import GAMMA, Readout
+from scansteer.core.spread import over_devices
+from scansteer.core.tissue import Pool, Tissue
+
+SPIN_LOCK = Train(n_pulses=5, duty_cycle=0.5, spin_lock=True)
+TRAIN = Train(n_pulses=3, duty_cycle=0.8)
+
+
+def make_tissue(cells=(3,), lineshape="bloch", t2=0.04):
+    full = lambda low, high: jnp.linspace(low, high, int(np.prod(cells, dtype=int))).reshape(cells)  # noqa: E731
+    pool = Pool(f=full(0.0, 4e-3), k=full(1500.0, 30.0), t1=full(2.8, 1.5), t2=full(t2, t2), offset_hz=full(1200.0, 1200.0), lineshape=lineshape)
+    return Tissue(t1=full(3.0, 1.5), t2=full(1.0, 0.1), pools=(pool,), b0_hz=full(0.0, 20.0), b1=full(1.0, 0.9))
+
+
+def make_saturation(b1_ut=3.0, offset_hz=1200.0, t_sat=2.0, t_rec=1.0):
+    return Saturation(*(jnp.asarray(value) for value in (b1_ut * 1e-6, offset_hz, t_sat, t_rec)))
+
+
+def make_readout(flip_deg=60.0, carry_over=None, **static):
+    return Readout(jnp.deg2rad(flip_deg), jnp.asarray(0.03), None if carry_over is None else jnp.asarray(carry_over), **static)
+
+
+def cell_of(tissue, cell):
+    return jax.tree.map(lambda leaf: leaf[cell], tissue)
+
+
+def longitudinal(affine, tissue):
+    n = bm.n_transverse(tissue)
+    return affine.matrix[2 * n :, 2 * n :], affine.shift[2 * n :]
+
+
+saturation_map = jax.jit(signal.saturation_map, static_argnames="train")
+
+
+@pytest.mark.parametrize("b1_ut", [0.0, 1e-4, 0.25, 6.0])
+@pytest.mark.parametrize(("t2", "t_sat"), [(0.04, 3.0), (0.04, 0.3), (0.04, 0.0), (4e-5, 3.0)])
+def test_continuous_wave_is_the_exact_exponential_whether_the_closed_form_applies_or_not(b1_ut, t2, t_sat):
+    tissue, block = make_tissue(t2=t2), make_saturation(b1_ut, t_sat=t_sat, t_rec=0.0)
+    found = saturation_map(tissue, block, train=Train())
+    exact = bm.propagate(*bm.generator(tissue, GAMMA * block.b1 * tissue.b1, 2 * np.pi * block.offset_hz), block.t_sat)
+    matrix, shift = longitudinal(exact, tissue)
+    np.testing.assert_allclose(found.matrix, matrix, atol=1e-9)
+    np.testing.assert_allclose(found.shift, shift, atol=1e-9)
+
+
+def test_the_closed_form_is_used_where_it_should_be():
+    tissue = make_tissue()
+    x = two_pool.scaled(tissue, 1600.0 * tissue.b1, 2 * np.pi * 1200.0, 3.0)
+    assert two_pool.longitudinal(x, (3 / tissue.t1, 3 / tissue.t1))[1]
+    short = two_pool.scaled(tissue, 1600.0 * tissue.b1, 2 * np.pi * 1200.0, 0.01)
+    assert not two_pool.longitudinal(short, (3 / tissue.t1, 3 / tissue.t1))[1]
+
+
+def play(tissue, rows):
+    """Events of (duration, amplitude [Hz], frequency [Hz], phase, spoil); Mz before and after."""
+    table = np.array([[*row, 0, 0] for row in rows], float).T
+    table[5, -1] = 1
+    state = jax.jit(events.simulate)(tissue, events.make_events(*table), events.initial_state(tissue, 0.4))[0]
+    return state[2 * bm.n_transverse(tissue) :]
+
+
+def test_a_pulse_train_is_its_events_one_by_one():
+    tissue, block = cell_of(make_tissue(), 1), make_saturation(t_sat=0.28, t_rec=0.5)
+    hz = float(GAMMA * block.b1 / 2 / np.pi)
+    pulse, pause = (0.08, hz, 1200.0, 0, 0), (0.02, 0, 0, 0, 0)
+    expected = play(tissue, [(0.5, 0, 0, 0, 1), pulse, pause, pulse, pause, pulse])
+    found = saturation_map(tissue, block, train=TRAIN)(0.4 * signal.equilibrium(tissue))
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+def test_a_spin_lock_train_is_its_events_one_by_one():
+    tissue, block = cell_of(make_tissue(), 1), make_saturation(t_sat=0.09, t_rec=0.5)
+    hz = float(GAMMA * block.b1 / 2 / np.pi)
+    angle, short = np.arctan2(hz, 1200.0), 1e-9
+    tip, back = ((short, angle / (2 * np.pi * short), 0, phase, 0) for phase in (-np.pi / 2, np.pi / 2))
+    lock = [tip, (0.01, hz, 1200.0, 0, 0), back]
+    # RF of phase -90 degrees turns z towards +x
+    expected = play(tissue, [(0.5, 0, 0, 0, 1), *([*lock, (0.01, 0, 0, 0, 0)] * 4), *lock])
+    found = saturation_map(tissue, block, train=SPIN_LOCK)(0.4 * signal.equilibrium(tissue))
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # tips of a nanosecond at 200 MHz
+
+
+def test_a_gaussian_pulse_has_the_stated_power_and_saturates_less_far_off():
+    near, far = (
+        saturation_map(make_tissue(), make_saturation(b1_ut=1.0, offset_hz=offset, t_sat=0.1), train=Train(shape="gauss")).shift[0]
+        for offset in (100.0, 3000.0)
+    )
+    block = saturation_map(make_tissue(), make_saturation(b1_ut=1.0, offset_hz=3000.0, t_sat=0.1), train=Train()).shift[0]
+    assert np.all(near < far)
+    np.testing.assert_allclose(far, block, rtol=0.02)
+
+
+@pytest.mark.parametrize("cells", [(), (1,), (700,), (2, 3)])
+def test_any_shape_of_cells_gives_what_single_cells_give(cells):
+    tissue, block = make_tissue(cells), make_saturation()
+    found = saturation_map(tissue, block, train=Train())
+    assert found.matrix.shape == (2, 2, *cells)
+    last = (-1,) * len(cells)
+    single = saturation_map(jax.tree.map(lambda leaf: leaf[last], tissue), block, train=Train())
+    np.testing.assert_allclose(found.matrix[(..., *last)], single.matrix, atol=1e-10)
+
+
+def test_signals_carry_the_magnetisation_from_image_to_image():
+    tissue = make_tissue()
+    blocks = [make_saturation(b1) for b1 in (1.0, 4.0)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    readout, initial = make_readout(flip_deg=60.0), signal.equilibrium(tissue)
+    found = jax.jit(signal.signals, static_argnames="train")(tissue, stacked, train=Train(), readout=readout, initial=initial, index=np.array([1, 0, 1]))
+    mz, expected = initial, []
+    for block in (blocks[1], blocks[0], blocks[1]):
+        mz = saturation_map(tissue, block, train=Train())(mz)
+        expected.append(mz[0])
+        mz = mz * jnp.cos(readout.flip_angle * tissue.b1)
+    np.testing.assert_allclose(found, jnp.stack(expected), atol=1e-12)
+
+
+def test_a_given_carry_over_may_differ_from_cell_to_cell():
+    share = jnp.array([-0.5, 0.0, 0.7])
+    found = signal.readout_map(make_tissue(), make_readout(carry_over=share))
+    np.testing.assert_allclose(found.leave(jnp.ones((2, 3))), jnp.stack([share, share]))
+
+
+def test_a_snapshot_train_turns_water_and_lets_everything_recover_in_between():
+    tissue = make_tissue()
+    found = signal.readout_map(tissue, make_readout(15.0, n_shots=4, encoded_shot=2))
+    mz = before = 0.3 * signal.equilibrium(tissue)
+    for shot in range(4):
+        if shot == 2:
+            encoded = mz[0]
+        mz = mz.at[0].multiply(jnp.cos(jnp.deg2rad(15.0) * tissue.b1))
+        mz = bm.free_longitudinal(tissue, 0.03)(mz) if shot < 3 else mz
+    np.testing.assert_allclose(found.leave(before), mz, atol=1e-12)
+    np.testing.assert_allclose(found.signal(before), encoded, atol=1e-12)
+
+
+def test_one_compilation_serves_every_pulse():
+    count = 0
+
+    @jax.jit
+    def map_of(tissue, block):
+        nonlocal count
+        count += 1
+        return signal.saturation_map(tissue, block, Train())
+
+    for b1 in (0.0, 2.0, 5.0):
+        map_of(make_tissue(), make_saturation(b1))
+    assert count == 1
+
+
+def test_spreading_over_devices_changes_nothing():
+    cells = {"a": jnp.arange(14.0).reshape(2, 7), "b": jnp.arange(7.0)}
+    run = jax.jit(lambda cells, factor: (cells["a"] * factor, cells["b"] + 1))
+    spread = over_devices(run, cells, 3.0, devices=jax.devices()[:1] * 3)
+    for one, other in zip(spread, run(cells, 3.0), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# T1, T2; f, k, T2 and offset of the pool; B0, B1; B1, offset, t_sat and t_rec of the pulse
+VALUES = np.array([1.4, 0.08, 2e-3, 120.0, 0.02, 1190.0, 15.0, 0.95, 3e-6, 1210.0, 0.5, 0.8])
+
+
+@pytest.mark.parametrize("train", [Train(), Train(n_pulses=2, duty_cycle=0.5, spin_lock=True)], ids=["cw", "spin-lock"])
+def test_derivatives_are_finite_differences_forwards_and_backwards(train):
+    def water(values):
+        t1, t2, f, k, pool_t2, pool_offset, b0, b1, *pulse = values
+        tissue = Tissue(t1, t2, (Pool(f, k, t1, pool_t2, pool_offset),), b0, b1)
+        t_sat = pulse[2] if train.n_pulses > 1 else 3 * pulse[2]
+        block = Saturation(pulse[0], pulse[1], t_sat, pulse[3])
+        return signal.saturation_map(tissue, block, train)(0.5 * signal.equilibrium(tissue))[0]
+
+    run = jax.jit(water)
+    step = 1e-5 * VALUES
+    backwards, forwards = jax.jit(lambda values: (jax.grad(water)(values), jax.jvp(water, (values,), (step,))[1]))(VALUES)
+    differences = np.array([(run(VALUES + h) - run(VALUES - h)) / (2 * h.sum()) for h in np.diag(step)])
+    scaled = lambda slope: np.asarray(slope) * VALUES  # noqa: E731
+    # central differences: 1e-10 of truncation per unit curvature, 1e-12 / 1e-5 of rounding; frequencies bend most
+    np.testing.assert_allclose(scaled(backwards), scaled(differences), rtol=2e-4, atol=2e-6)
+    np.testing.assert_allclose(forwards, np.dot(backwards, step), rtol=1e-6)
+
+
+def test_z_only_semisolid_nearly_equals_its_x_y_z_twin():
+    block = make_saturation(2.0, offset_hz=3000.0)
+    twin, z_only = (
+        saturation_map(make_tissue(lineshape=kind, t2=4e-5), block, train=Train()).shift for kind in ("bloch", "lorentzian")
+    )
+    np.testing.assert_allclose(twin[0], z_only[0], atol=3e-3)
