@@ -78,7 +78,7 @@ def infer(sums: Sums, noise: Noise, prior: Prior, shift: Float[Array, "nuisance 
     fit = likelihood.fit(sums, noise, shift)
     log_posterior = fit.log_likelihood.T + prior.on_cells()
     summary = region.summarise(log_posterior.reshape(-1, *prior.box.n_points), prior.log_density, prior.box)
-    at_map = tuple(prior.box.position(axis, summary.map[:, axis]) for axis in (0, 1))
+    at_map = prior.box.position(0, summary.map[:, 0]), prior.box.position(1, summary.map[:, 1])
     residual, amplitude = (region.at_point(field, at_map, prior.box.n_points) for field in (fit.residual, fit.amplitude))
     nrmse = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(sums.energy, 1e-30))
     return Info(summary, nrmse, amplitude, log_posterior)

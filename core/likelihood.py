@@ -17,7 +17,10 @@ One image costs the same whether it is the second or the thousandth.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
 from itertools import combinations_with_replacement
+from operator import add
 from typing import NamedTuple
 
 import equinox as eqx
@@ -95,19 +98,23 @@ def fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None =
     """
     factor = _factor(sums, noise)
     whiten, ridge, p = factor.whiten, factor.ridge, sums.projection
-    y = [sum(whiten[j, i] * p[i] for i in range(j, len(p))) for j in range(len(p))]
+    y = [_total(whiten[j, i] * p[i] for i in range(j, len(p))) for j in range(len(p))]
     rhs, power = y[0], jnp.broadcast_to(factor.power, y[0].shape)
     if shift is not None:
-        t = [sum(whiten[j, i] * shift[i - 1] for i in range(j, len(p))) for j in range(1, len(p))]
-        rhs = rhs + ridge * sum(each * along for each, along in zip(y[1:], t, strict=True))
-        linear = sum(along * mixed for along, mixed in zip(t, factor.mixed, strict=True))
-        square = jnp.sum(shift**2, axis=0) - ridge * sum(along**2 for along in t)
+        t = [_total(whiten[j, i] * shift[i - 1] for i in range(j, len(p))) for j in range(1, len(p))]
+        rhs = rhs + ridge * _total(each * along for each, along in zip(y[1:], t, strict=True))
+        linear = _total(along * mixed for along, mixed in zip(t, factor.mixed, strict=True))
+        square = jnp.sum(shift**2, axis=0) - ridge * _total(along**2 for along in t)
         power = power + ridge * (2 * linear + square)
     amplitude = rhs / power
-    residual = jnp.maximum(sums.energy - sum(each**2 for each in y[1:]) - rhs * amplitude, 0.0)
+    residual = jnp.maximum(sums.energy - _total([jnp.zeros(()), *(each**2 for each in y[1:])]) - rhs * amplitude, 0.0)
     occam = factor.determinant * power * jnp.maximum(amplitude, _TINY) ** 2
     log_likelihood = _student(occam, factor.variance, residual, noise.dof, sums.n_images)
     return _mix(log_likelihood, residual.astype(jnp.float32), amplitude.astype(jnp.float32))
+
+
+def _total(terms: Iterable[Array]) -> Array:
+    return reduce(add, terms)
 
 
 class _Factor(NamedTuple):
@@ -147,7 +154,7 @@ def _factor(sums: Sums, noise: Noise) -> _Factor:
                 w[i][k] = w[i][k] - factor * w[j][k]
         w[j] = [each / jnp.sqrt(pivot) for each in w[j]]
     whiten = jnp.stack([jnp.stack(row) for row in w])
-    mixed = jnp.stack([sum(w[j][i] * gram[i][0] for i in range(j, n)) for j in range(1, n)]) if n > 1 else jnp.zeros((0, *ridge.shape))
+    mixed = jnp.stack([_total(w[j][i] * gram[i][0] for i in range(j, n)) for j in range(1, n)]) if n > 1 else jnp.zeros((0, *ridge.shape))
     # the barrier has all this computed once per cell, not once per voxel inside a fused loop
     return _Factor(*jax.lax.optimization_barrier((whiten, a[0][0], mixed, determinant, ridge, variance)))
 

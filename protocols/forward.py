@@ -76,7 +76,7 @@ def simulated(scan: Scan, chain: Nodes, tissue: Nodes, n_points: int = lattice.N
 
 def tissue_axes(scan: Scan) -> tuple[Axis, ...]:
     """Nuisances of tissue and field with a range; a range of no width is a constant."""
-    described: dict[str, Range] = dict(scan.auxiliaries)
+    described: dict[str, Range] = {name: span for name, span in scan.auxiliaries.items()}  # noqa: C416 - widens the type
     described |= {tissue_model.pool_t2_name(pool): pool.t2_s for pool in scan.pools if isinstance(pool.t2_s, Range)}
     return tuple(_axis(name, span) for name, span in described.items() if span.upper > span.lower)
 

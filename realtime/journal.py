@@ -129,8 +129,8 @@ class Journal:
         """
         if self._broken:
             raise JournalError(f"Journal {self.path} failed before; restart the service when the disk is well.")
-        known = body_crc32 is not None and len(frames) == 2
-        checksums = (zlib.crc32(frames[0]), body_crc32) if known else tuple(map(zlib.crc32, frames))
+        known = None if len(frames) != 2 else body_crc32
+        checksums = tuple(map(zlib.crc32, frames)) if known is None else (zlib.crc32(frames[0]), known)
         entry = Entry(self.next_sequence, self.end, tuple(map(len, frames)), checksums)
         head = _head(entry)
         end = self.end + len(head) + sum(entry.lengths)

@@ -213,9 +213,9 @@ class Reference:
         """Run everything once on made-up voxels, then forget them."""
         axes = {axis.name: axis for axis in self.model.axes}
         self.begin({name: np.full(BLOCK + 1, axes[name].lower) for name in self._mapped}, np.full(BLOCK + 1, 100.0))
-        state, info = self._state, None
-        for number in range(2):
-            info = self.absorb(np.full(BLOCK + 1, 100.0), NoiseEstimate(1.0, 1.0), self.scan.schedule[0], first=number == 0)
+        state, signal, noise = self._state, np.full(BLOCK + 1, 100.0), NoiseEstimate(1.0, 1.0)
+        self.absorb(signal, noise, self.scan.schedule[0], first=True)
+        info = self.absorb(signal, noise, self.scan.schedule[0], first=False)
         self._state = state
         return info
 
