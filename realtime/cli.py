@@ -117,6 +117,19 @@ def simulate(
     _write_json(result, out)
 
 
+@app.command()
+def bench(scan: ScanOption, out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Default: standard output.")] = None) -> None:
+    """Will this machine keep up with a scan?"""
+    from rich.console import Console
+
+    from scansteer.realtime.bench import bench as measure
+
+    described = _scan(scan)
+    with Console(stderr=True).status("") as status:
+        result = measure(described, lambda part: status.update(f"timing: {part}"))
+    _write_json(result, out)
+
+
 @scans_app.command("list")
 def scans_list() -> None:
     """Names and descriptions of the built-in scans."""

@@ -176,6 +176,11 @@ class Session:
             versions=versions(),
         )
 
+    @property
+    def n_candidates(self) -> int:
+        """Pulses weighed against each other after every image."""
+        return len(self._advisor.candidates)
+
     def close(self) -> None:
         """Let the threads go."""
         self._reference.close()
