@@ -186,7 +186,8 @@ def absorption(pool: Pool, offset) -> Float[Array, "..."]:
 def propagate(a: Float[Array, "row row *cell"], b: Float[Array, "row *cell"], duration) -> Affine:
     """Exact solution of dM/dt = A M + b over `duration` [s], as an affine map.
 
-    [exp(A t) | integral of exp(A s) b] by scaling and squaring of a Taylor polynomial of degree 8. The number of squarings follows the largest 1-norm of the batch: pass cells in batches that stay in a core's cache.
+    [exp(A t) | integral of exp(A s) b] by scaling and squaring of a Taylor polynomial of degree 8. The number of squarings
+    follows the largest 1-norm of the batch: pass cells in batches that stay in a core's cache.
     """
     step = _exponential(jnp.concatenate([a, b[:, None]], axis=1) * duration)
     return Affine(step[:, :-1], step[:, -1])
@@ -273,11 +274,11 @@ def _free_transverse(tissue, duration, offset) -> Float[Array, "row row *cell"]:
     if n > 2:
         a, _ = generator(tissue, 0.0, offset)
         return propagate(a[: 2 * n, : 2 * n], jnp.zeros((2 * n, *shape)), duration).matrix
-    (water, *rest), into, from_ = _complex_rates(tissue, duration, offset, shape)
-    if not rest:
-        entries = [[jnp.exp(water)]]
+    diagonal, into, from_ = _complex_rates(tissue, duration, offset, shape)
+    if n == 1:
+        entries = [[jnp.exp(diagonal[0])]]
     else:
-        mean, half = 0.5 * (water + rest[0]), 0.5 * (water - rest[0])
+        mean, half = 0.5 * (diagonal[0] + diagonal[1]), 0.5 * (diagonal[0] - diagonal[1])
         square = half**2 + into * from_
         root = jnp.sqrt(jnp.where(jnp.abs(square) < 1e-12, 1e-12, square))
         plus, minus = jnp.exp(mean + root), jnp.exp(mean - root)
@@ -289,14 +290,14 @@ def _free_transverse(tissue, duration, offset) -> Float[Array, "row row *cell"]:
 
 
 def _complex_rates(tissue, duration, offset, shape):
-    """Diagonal and exchange entries of the generator of Mx + i My, times the duration."""
+    """Diagonal of the generator of Mx + i My, and the exchange into and from the first x-y-z pool (0 without one), times the duration."""
     full = lambda value: jnp.broadcast_to(value * duration, shape)  # noqa: E731
     seen = offset - 2 * math.pi * tissue.b0_hz
     pools = [pool for pool in tissue.pools if is_transverse(pool)]
     out = sum((pool.k * pool.f for pool in pools), start=0.0 * tissue.t2)
     diagonal = [lax.complex(full(-1 / tissue.t2 - out), full(-seen))]
     diagonal += [lax.complex(full(-1 / pool.t2 - pool.k), full(2 * math.pi * pool.offset_hz - seen)) for pool in pools]
-    into, from_ = (full(pools[0].k * pools[0].f), full(pools[0].k)) if pools else (None, None)
+    into, from_ = (full(pools[0].k * pools[0].f), full(pools[0].k)) if pools else (full(0.0), full(0.0))
     return diagonal, into, from_
 
 

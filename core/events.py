@@ -56,8 +56,9 @@ def make_events(duration, amplitude_hz, frequency_hz, phase, spoil, acquire, res
     """Events from one entry per event (NumPy arrays of one length); equal steps are found and shared."""
     table = np.stack([np.asarray(column, float) for column in (duration, amplitude_hz, frequency_hz)])
     order, step = np.unique(table, axis=1, return_inverse=True)
-    flags = (np.asarray(flag, bool) for flag in (spoil, acquire, reset))
-    return Events(Steps(*order), np.asarray(step).reshape(-1), np.asarray(phase, float), *flags, n_acquired=int(np.sum(acquire)))
+    flags = (jnp.asarray(flag, bool) for flag in (spoil, acquire, reset))
+    steps = Steps(*map(jnp.asarray, order))
+    return Events(steps, jnp.asarray(step.reshape(-1)), jnp.asarray(phase, float), *flags, n_acquired=int(np.sum(acquire)))
 
 
 def initial_state(tissue: Tissue, scale=1.0) -> Float[Array, " row"]:

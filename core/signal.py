@@ -207,7 +207,8 @@ def _saturation_in_general(tissue, saturation, train, pause) -> bm.Affine:
     n = bm.n_transverse(tissue)
 
     def longitudinal(cells):
-        played = _train(*cells, saturation, train)
+        own, pause = cells
+        played = _train(own, pause, saturation, train)
         return bm.Affine(played.matrix[2 * n :, 2 * n :], played.shift[2 * n :])
 
     return mapped(longitudinal, (tissue, pause), CACHED_CELLS)

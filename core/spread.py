@@ -6,16 +6,15 @@ XLA runs the body of a loop on one thread; chunks in cache are worth more than t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-Cells = TypeVar("Cells")
 Result = TypeVar("Result")
 
 
-def over_devices(function: Callable[..., Result], cells: Cells, *shared, devices: Sequence[jax.Device] | None = None) -> Result:
+def over_devices(function: Callable[..., Result], cells, *shared, devices: Sequence[Any] | None = None) -> Result:
     """`function(cells, *shared)`, each device taking a slice of the cells; the result lies on the first device.
 
     Parameters

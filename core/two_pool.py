@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from scansteer.core import rational_exponential as rational
 from scansteer.core.bloch_mcconnell import Affine
@@ -94,10 +94,11 @@ def _pair(x: Scaled) -> tuple[list[Array], Array]:
     x = x._replace(w1=jnp.maximum(x.w1, 1e-6 * field))  # without RF the pair has no residue and its equation no simple root
     tilt = (x.w1 / field) ** 2
     value = lax.complex(-x.r2_water * (1 - 0.5 * tilt) - 0.5 * tilt * x.r1_water, field)
-    for _ in range(2):
-        a, b, d, n, m, slope = _with_slope(value, x)
-        step = m / slope
-        value = value - step
+    *_, m, slope = _with_slope(value, x)
+    value = value - m / slope
+    a, b, d, n, m, slope = _with_slope(value, x)
+    step = m / slope
+    value = value - step
     lacking = rational.remainder(value) * n / slope
     entries = [entry * lacking for entry in (d, -b, a)]
     error = jnp.abs(step) / field * tilt * jnp.exp(value.real)

@@ -5,14 +5,17 @@ every 28.37 ms. The schedule is that of the mouse scan. Ranges of T1 and T2 cove
 Med 54 (2005), doi:10.1002/mrm.20605).
 """
 
+from typing import Literal
+
 from scansteer.protocols import mt_mouse
 from scansteer.protocols.scan import Auxiliary, FirstState, Limits, Noise, Parameter, Pool, Range, Readout, Scan, Stop, Train
 
+AuxiliaryName = Literal["t1_s", "t2_s", "b0_ppm", "b1_relative", "fss", "kssw"]
 TRAIN = Train(n_pulses=13, duty_cycle=0.5, spin_lock=True)
 READOUT = Readout(flip_deg=15.0, n_shots=45, shot_spacing_s=0.02837)
 SEMISOLID = Pool(name="semisolid", kind="semisolid", offset_ppm=0.0, f="fss", k_per_s="kssw", t2_s=40e-6, lineshape="lorentzian")
 """Absorbs like an x-y-z pool of this T2 (to a thousandth), whose transverse part does not live to be seen; shared with the amide scans."""
-AUXILIARIES = {
+AUXILIARIES: dict[AuxiliaryName, Auxiliary] = {
     "t1_s": Auxiliary(lower=0.7, upper=2.0, map_error_relative=0.03),
     "t2_s": Auxiliary(lower=0.04, upper=0.15, map_error_relative=0.05),
     "b0_ppm": Auxiliary(lower=-0.3, upper=0.3, map_error=0.03),

@@ -299,10 +299,10 @@ class _Reader:
             return size, angle, dwell
         if np.ptp(values) < EQUAL and np.ptp(turns) < EQUAL:
             one = np.array([1])
-            lead = int(round(times[0] / self.raster))
+            lead = round(times[0] / self.raster)
             if lead == 0:
                 return Shape(values[:1], one), Shape(turns[:1], one), float(times[-1])
-        centres = self.raster * (np.arange(max(int(round(times[-1] / self.raster)), 1)) + 0.5)
+        centres = self.raster * (np.arange(max(round(times[-1] / self.raster), 1)) + 0.5)
         inside = np.interp(centres, times, values, left=0.0, right=0.0), np.interp(centres, times, turns)
         ones = np.ones(centres.size, int)
         return _runs(inside[0], ones), _runs(inside[1], ones), self.raster

@@ -261,5 +261,5 @@ def decimate(pulse: Pulse, max_samples: int) -> tuple[np.ndarray, np.ndarray, np
     stride = math.ceil(ends[-1] / max_samples)
     taken = np.arange(0, ends[-1], stride)
     step = np.searchsorted(ends, taken, side="right")
-    held = np.diff(np.append(taken, ends[-1])) * dwell
+    held = np.diff(np.append(taken, ends[-1])).astype(float) * dwell
     return held, amplitude[step], turn[step]

@@ -67,7 +67,7 @@ def simulate_scan(scan: Scan, values: Mapping[str, float]) -> dict[str, Any]:
 
 def _resolve(scan: Scan, values: Mapping[str, float]) -> dict[str, float]:
     """Values under the scan's own names."""
-    own = dict(zip(GENERIC, scan.parameter_names, strict=True))
+    own: dict[str, str] = dict(zip(GENERIC, scan.parameter_names, strict=True))
     known = {*scan.parameters, *scan.auxiliaries, *map(tissue_model.pool_t2_name, scan.pools), *tissue_model.WITHOUT_MAP}
     resolved: dict[str, float] = {}
     for name, value in values.items():
@@ -78,7 +78,7 @@ def _resolve(scan: Scan, values: Mapping[str, float]) -> dict[str, float]:
             raise InputError(f"--set {name}: {target} is given twice; give it once.")
         if not np.isfinite(value):
             raise InputError(f"--set {name}: {value} is not a finite number.")
-        if value < 0 and target != "b0_ppm" or value == 0 and target.endswith("_s"):
+        if (value < 0 and target != "b0_ppm") or (value == 0 and target.endswith("_s")):
             raise InputError(f"--set {name}: {value:g} is out of range; fractions, rates and times cannot be negative, nor times zero.")
         resolved[target] = value
     return resolved

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+
 from scansteer.core import bloch_mcconnell as bm
 from scansteer.core import rational_exponential as rational
 from scansteer.core.lineshape import lorentzian, super_lorentzian

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from scansteer.core import bloch_mcconnell as bm
 from scansteer.core import events
 from scansteer.core.tissue import Pool, Tissue

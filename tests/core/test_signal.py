@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scansteer.core import events, signal, two_pool
+
 from scansteer.core import bloch_mcconnell as bm
+from scansteer.core import events, signal, two_pool
 from scansteer.core.saturation import Saturation, Train
 from scansteer.core.signal import GAMMA, Readout
 from scansteer.core.spread import over_devices
@@ -114,7 +115,8 @@ def test_signals_carry_the_magnetisation_from_image_to_image():
     blocks = [make_saturation(b1) for b1 in (1.0, 4.0)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
     readout, initial = make_readout(flip_deg=60.0), signal.equilibrium(tissue)
-    found = jax.jit(signal.signals, static_argnames="train")(tissue, stacked, train=Train(), readout=readout, initial=initial, index=np.array([1, 0, 1]))
+    order = np.array([1, 0, 1])
+    found = jax.jit(signal.signals, static_argnames="train")(tissue, stacked, train=Train(), readout=readout, initial=initial, index=order)
     mz, expected = initial, []
     for block in (blocks[1], blocks[0], blocks[1]):
         mz = saturation_map(tissue, block, train=Train())(mz)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from scansteer.core.errors import InputError
 from scansteer.protocols import pulseq
 
@@ -180,7 +181,7 @@ def test_damaged_files_are_refused_in_one_sentence(text, says):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(InputError, match="nowhere.seq"):
+    with pytest.raises(InputError, match=r"nowhere\.seq"):
         pulseq.load("nowhere.seq")
 
 

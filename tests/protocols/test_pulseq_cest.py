@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+
 from scansteer.core.errors import InputError
 from scansteer.protocols import pulseq, pulseq_cest
 from scansteer.protocols.pulseq_cest import CestModel, load_model, simulate
