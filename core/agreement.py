@@ -79,7 +79,10 @@ def draw_lattice(key: PRNGKeyArray, lattice: Lattice, coordinate: Coordinate, n_
     cell = jax.vmap(jnp.searchsorted)(flat, level).clip(0, N_FINE**2 - 1)
     index = cell // N_FINE, cell % N_FINE
     jitter = jax.random.uniform(within, (2, len(flat), n_draws), minval=-0.5, maxval=0.5)
-    place = [jnp.take_along_axis(lattice.places[axis], index[axis], 1) + jitter[axis] * lattice.widths[:, axis, None] for axis in (0, 1)]
+    place = [
+        jnp.take_along_axis(lattice.places[axis], index[axis], 1) + jitter[axis] * lattice.widths[:, axis, None]
+        for axis in (0, 1)
+    ]
     return jnp.stack([coordinate.from_place(axis, jnp.clip(place[axis], 0.0, 1.0)) for axis in (0, 1)], axis=-1)
 
 
@@ -102,11 +105,16 @@ def compare(key: PRNGKeyArray, encoder: Gaussian, reference: Lattice, coordinate
     first, second = jax.random.split(key)
     known = moments(reference, coordinate)
     of_reference = draw_lattice(second, reference, coordinate, n_draws)
-    return Distances(mahalanobis(draw(first, encoder, n_draws), known), mahalanobis(of_reference, encoder), mahalanobis(of_reference, known))
+    return Distances(
+        mahalanobis(draw(first, encoder, n_draws), known), mahalanobis(of_reference, encoder), mahalanobis(of_reference, known)
+    )
 
 
 def intersect(
-    lower_a: Float[Array, "voxel 2"], upper_a: Float[Array, "voxel 2"], lower_b: Float[Array, "voxel 2"], upper_b: Float[Array, "voxel 2"]
+    lower_a: Float[Array, "voxel 2"],
+    upper_a: Float[Array, "voxel 2"],
+    lower_b: Float[Array, "voxel 2"],
+    upper_b: Float[Array, "voxel 2"],
 ) -> Array:
     """Where two intervals have a point in common, (voxel, 2)."""
     return (lower_a <= upper_b) & (lower_b <= upper_a)

@@ -11,51 +11,73 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float
 
-from scansteer.core.lattice import Box
+from scansteer.core.grid_posterior import PriorShape
 
 REACH = 5.0
 """Beyond this |z| lies 6e-7 of the prior; values are held there."""
 
 
 class Coordinate(eqx.Module):
-    """The box, and which of its two priors are log-uniform (the others are uniform)."""
+    """The box, and the shape of the prior along each of its sides (core.grid_posterior.make_prior)."""
 
     lower: Float[Array, " 2"]
     upper: Float[Array, " 2"]
-    logarithmic: tuple[bool, bool] = eqx.field(static=True)
+    shapes: tuple[PriorShape, PriorShape] = eqx.field(static=True)
 
     def value(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """The parameter at z, in its own unit; of z's precision."""
-        lower, upper = self.lower[axis].astype(z.dtype), self.upper[axis].astype(z.dtype)
-        share = ndtr(jnp.clip(z, -REACH, REACH))
-        return lower * (upper / lower) ** share if self.logarithmic[axis] else lower + (upper - lower) * share
+        lower, upper = self._sides(axis, z)
+        mass = ndtr(jnp.clip(z, -REACH, REACH))
+        if self.shapes[axis] == "log-uniform":
+            return lower * (upper / lower) ** mass
+        return lower + (upper - lower) * (_beta_quantile(mass) if self.shapes[axis] == "beta" else mass)
 
     def z(self, axis: int, value: Float[Array, "..."]) -> Float[Array, "..."]:
         """Inverse of `value`, held within the reach."""
-        lower, upper = self.lower[axis].astype(value.dtype), self.upper[axis].astype(value.dtype)
-        share = jnp.log(value / lower) / jnp.log(upper / lower) if self.logarithmic[axis] else (value - lower) / (upper - lower)
+        lower, upper = self._sides(axis, value)
+        share = (value - lower) / (upper - lower)
+        if self.shapes[axis] == "log-uniform":
+            mass = jnp.log(value / lower) / jnp.log(upper / lower)
+        else:
+            mass = share**2 * (3 - 2 * share) if self.shapes[axis] == "beta" else share
         edge = ndtr(jnp.asarray(-REACH, value.dtype))
-        return ndtri(jnp.clip(share, edge, 1 - edge))
+        return ndtri(jnp.clip(mass, edge, 1 - edge))
+
+    def slope(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """d value / d z: the bell over the prior's density."""
+        return jnp.exp(-0.5 * z**2 - self.log_prior(axis, self.value(axis, z))) / jnp.sqrt(2 * jnp.pi).astype(z.dtype)
+
+    def log_prior(self, axis: int, value: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Log of the prior's density over the parameter."""
+        lower, upper = self._sides(axis, value)
+        if self.shapes[axis] == "log-uniform":
+            return -jnp.log(value * jnp.log(upper / lower))
+        share = (value - lower) / (upper - lower)
+        within = jnp.log(6 * jnp.clip(share * (1 - share), 1e-5, 0.25)) if self.shapes[axis] == "beta" else 0.0
+        return within - jnp.log(upper - lower)
 
     def place(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Where z lies on the lattice's own axis, 0 .. 1 (the square root of the distance from the lower bound)."""
-        if self.logarithmic[axis]:
-            lower, upper = self.lower[axis].astype(z.dtype), self.upper[axis].astype(z.dtype)
-            return jnp.sqrt((self.value(axis, z) - lower) / (upper - lower))
-        return jnp.sqrt(ndtr(jnp.clip(z, -REACH, REACH)))
+        lower, upper = self._sides(axis, z)
+        return jnp.sqrt(jnp.clip((self.value(axis, z) - lower) / (upper - lower), 0.0, 1.0))
 
     def from_place(self, axis: int, place: Float[Array, "..."]) -> Float[Array, "..."]:
         """Inverse of `place`."""
-        lower, upper = self.lower[axis].astype(place.dtype), self.upper[axis].astype(place.dtype)
+        lower, upper = self._sides(axis, place)
         return self.z(axis, lower + (upper - lower) * jnp.square(place))
 
-
-def of_box(box: Box, logarithmic: tuple[bool, bool]) -> Coordinate:
-    """The coordinate of a lattice's box."""
-    return Coordinate(jnp.asarray(box.lower), jnp.asarray(box.upper), logarithmic)
+    def _sides(self, axis: int, like: Array) -> tuple[Array, Array]:
+        return self.lower[axis].astype(like.dtype), self.upper[axis].astype(like.dtype)
 
 
-def points(mean: Float[Array, "voxel 2"], root: Float[Array, "voxel 3"], stencil: Float[Array, "point 2"]) -> Float[Array, "voxel point 2"]:
+def _beta_quantile(mass: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Inverse of 3 s^2 - 2 s^3, the distribution function of Beta(2, 2)."""
+    return jnp.clip(0.5 - jnp.sin(jnp.arcsin(jnp.clip(1 - 2 * mass, -1.0, 1.0)) / 3), 0.0, 1.0)
+
+
+def points(
+    mean: Float[Array, "voxel 2"], root: Float[Array, "voxel 3"], stencil: Float[Array, "point 2"]
+) -> Float[Array, "voxel point 2"]:
     """mean + C e for every e of the stencil; `root` holds the lower triangle C11, C21, C22."""
     first = mean[:, :1] + root[:, :1] * stencil[:, 0]
     second = mean[:, 1:] + root[:, 1:2] * stencil[:, 0] + root[:, 2:] * stencil[:, 1]

@@ -185,7 +185,10 @@ def refine(stage: Stage, encoder: Encoder, plan: Plan, state: State, noise: Nois
     # how far from a Gaussian of the present width the nine values are
     excess = log_posterior[:, 1:] - log_posterior[:, :1] + 0.5 * jnp.sum(whitened[:, 1:] ** 2 - whitened[:, :1] ** 2, axis=-1)
     size = jnp.log(before.root[:, jnp.array([0, 2])])
-    described = jnp.concatenate([before.mean, size, before.root[:, 1:2] / before.root[:, 2:], step, jnp.log(root[:, jnp.array([0, 2])]), root[:, 1:2]], axis=1)
+    described = jnp.concatenate(
+        [before.mean, size, before.root[:, 1:2] / before.root[:, 2:], step, jnp.log(root[:, jnp.array([0, 2])]), root[:, 1:2]],
+        axis=1,
+    )
     out = jax.vmap(stage)(jnp.concatenate([_squashed(excess), described, context], axis=1))
     step = step + out[:, :2]
     scale = jnp.exp(jnp.clip(out[:, 2:4], -2.0, 2.0))
@@ -200,20 +203,21 @@ def evaluate(encoder: Encoder, plan: Plan, state: State, noise: Noise, z: Float[
     """The marginal likelihood at any points (relative to the first point's expansion, so that float32 suffices)."""
     blocks = encoder.basis.blocks
     place = [encoder.coordinate.place(axis, z[..., axis]) for axis in (0, 1)]
-    functions = plan.table(place[0], place[1])
+    # barriers keep what has many readers from being computed anew for each of them
+    functions = _once(plan.table(*_once(place)))
     mean = blocks[0]
     centre = functions[:, 0, mean]
     gram_full = state.gram
     gram = gram_full.astype(jnp.float32)
     # expansion about the first point: what is left of the images once its best signal is taken away, in float64
-    along = _matvec(gram_full[:, :, mean], centre.astype(jnp.float64))
+    along = _once(_matvec(gram_full[:, :, mean], centre.astype(jnp.float64)))
     strength = jnp.sum(along[:, mean] * centre, axis=1)
     amplitude = jnp.sum(state.projection[:, mean] * centre, axis=1) / strength
     left = state.projection - amplitude[:, None] * along
     energy = state.energy - amplitude * jnp.sum(centre * (state.projection[:, mean] + left[:, mean]), axis=1)
-    amplitude, left, energy = (each.astype(jnp.float32) for each in (amplitude, left, energy))
-    difference = functions[..., mean] - centre[:, None]
-    moved = _matmul(difference, gram[:, mean, :])
+    amplitude, left, energy = _once([each.astype(jnp.float32) for each in (amplitude, left, energy)])
+    difference = _once(functions[..., mean] - centre[:, None])
+    moved = _once(_matmul(difference, gram[:, mean, :]))
     p, g = [], {}
     for i, row in enumerate(blocks):
         p.append(jnp.sum(functions[..., row] * (left[:, None, row] - amplitude[:, None, None] * moved[..., row]), axis=-1))
@@ -222,7 +226,7 @@ def evaluate(encoder: Encoder, plan: Plan, state: State, noise: Noise, z: Float[
             g[i, j] = jnp.sum(across[..., blocks[j]] * functions[..., blocks[j]], axis=-1)
     rest = energy[:, None] - 2 * amplitude[:, None] * jnp.sum(left[:, None, mean] * difference, axis=-1)
     rest = rest + amplitude[:, None] ** 2 * jnp.sum(moved[..., mean] * difference, axis=-1)
-    return _collapse(g, p, rest, amplitude[:, None], noise, state.n_images)
+    return _once(_collapse(*_once((g, p, rest)), amplitude[:, None], noise, state.n_images))
 
 
 def anchor_features(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Float[Array, "voxel feature"]:
@@ -236,8 +240,10 @@ def anchor_features(encoder: Encoder, plan: Plan, state: State, noise: Noise) ->
         for j in range(i, len(blocks)):
             products = (plan.anchors[:, row, None] * plan.anchors[:, None, blocks[j]]).reshape(len(plan.anchors), -1)
             g[i, j] = gram[:, row, blocks[j]].reshape(len(gram), -1) @ products.T
+    g, p = _once((g, p))
     fit = _collapse(g, p, state.energy.astype(single)[:, None], jnp.zeros((1, 1), single), noise, state.n_images)
-    height = fit.log_likelihood - jnp.max(fit.log_likelihood, axis=1, keepdims=True)
+    height = _once(fit.log_likelihood)
+    height = _once(height - jnp.max(height, axis=1, keepdims=True))
     z = plan.places
     moments = jnp.concatenate([jnp.ones_like(z[:, :1]), z, z**2, z[:, :1] * z[:, 1:]], axis=1)
     return jnp.concatenate([_tempered(height, plan.log_mass, moments, t) for t in TEMPERATURES], axis=1)
@@ -269,7 +275,7 @@ def _collapse(g: dict[tuple[int, int], Array], p: list[Array], energy: Array, ba
     a = {(i, j): g[min(i, j), max(i, j)] for i in range(count) for j in range(count)}
     rhs, left, log_determinant = list(p), energy, jnp.zeros_like(variance)
     for j in range(count - 1, 0, -1):
-        pivot = a[j, j] + ridge
+        pivot, a, rhs, left = _once((a[j, j] + ridge, a, rhs, left))
         log_determinant = log_determinant + jnp.log(pivot / ridge)
         left = left - rhs[j] ** 2 / pivot
         for i in range(j):
@@ -283,7 +289,9 @@ def _collapse(g: dict[tuple[int, int], Array], p: list[Array], energy: Array, ba
     # nuisances fit what `base` times their columns leaves out as well: they were projected out of both sides alike
     residual = jnp.maximum(left - rhs[0] * step, 0.0)
     log_occam = log_determinant + jnp.log(power) + 2 * jnp.log(jnp.maximum(amplitude, _TINY))
-    log_likelihood = -0.5 * log_occam - 0.5 * (n - 1) * jnp.log(variance) - 0.5 * (dof + n - 1) * jnp.log1p(residual / (dof * variance))
+    log_likelihood = (
+        -0.5 * log_occam - 0.5 * (n - 1) * jnp.log(variance) - 0.5 * (dof + n - 1) * jnp.log1p(residual / (dof * variance))
+    )
     shape = jnp.broadcast_shapes(log_likelihood.shape, residual.shape)
     return Fit(*(jnp.broadcast_to(each, shape) for each in (log_likelihood, residual, amplitude)))
 
@@ -326,6 +334,10 @@ def _moved(root: Float[Array, "voxel 3"], step: Float[Array, "voxel 2"]) -> Floa
 
 def _held(mean: Float[Array, "voxel 2"]) -> Float[Array, "voxel 2"]:
     return jnp.clip(mean, -4.0, 4.0)
+
+
+def _once(tree):
+    return jax.lax.optimization_barrier(tree)
 
 
 def _squashed(x: Array) -> Array:

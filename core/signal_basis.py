@@ -9,6 +9,7 @@ likelihood that is a small difference of large sums would be lost.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -34,9 +35,11 @@ class Basis(eqx.Module):
     def blocks(self) -> tuple[slice, ...]:
         """Place of each column's functions."""
         edges = np.cumsum([0, *self.ranks])
-        return tuple(slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True))
+        return tuple(slice(a, b) for a, b in pairwise(edges.tolist()))
 
-    def at(self, places: tuple[Float[np.ndarray, " f"], Float[np.ndarray, " k"]], order: tuple[int, int] = (0, 0)) -> Float[np.ndarray, "f k function"]:
+    def at(
+        self, places: tuple[Float[np.ndarray, " f"], Float[np.ndarray, " k"]], order: tuple[int, int] = (0, 0)
+    ) -> Float[np.ndarray, "f k function"]:
         """Values, or derivatives of the given order, on the tensor grid of places (0 .. 1 along the lattice's axes); float64."""
         along = [_polynomial(place, degree) for place, degree in zip(places, order, strict=True)]
         nodes = np.asarray(self.functions, float).reshape(-1, lattice.N_NODES, lattice.N_NODES)
@@ -103,4 +106,3 @@ def _polynomial(place: Float[np.ndarray, " x"], order: int) -> Float[np.ndarray,
     for _ in range(order):
         coefficients = 2 * cheb.chebder(coefficients)
     return cheb.chebvander(2 * place - 1, len(coefficients) - 1) @ coefficients
-

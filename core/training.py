@@ -63,7 +63,9 @@ class Losses(NamedTuple):
 def divergence(p: Gaussian, q: Gaussian) -> Float[Array, " voxel"]:
     """Kullback-Leibler divergence of two Gaussians, KL(p || q)."""
     shift = coordinates.whiten(p.mean - q.mean, q.root)
-    columns = coordinates.whiten(jnp.stack([p.root[..., :2], jnp.stack([jnp.zeros_like(p.root[..., 2]), p.root[..., 2]], -1)]), q.root)
+    columns = coordinates.whiten(
+        jnp.stack([p.root[..., :2], jnp.stack([jnp.zeros_like(p.root[..., 2]), p.root[..., 2]], -1)]), q.root
+    )
     log_volume = jnp.log(q.root[..., 0] * q.root[..., 2]) - jnp.log(p.root[..., 0] * p.root[..., 2])
     return log_volume + 0.5 * (jnp.sum(columns**2, axis=(0, -1)) + jnp.sum(shift**2, -1)) - 1
 
@@ -76,7 +78,9 @@ def negative_lower_bound(
     centre = jax.lax.stop_gradient(posterior.mean)[:, None]
     points = jnp.clip(jnp.concatenate([centre, z], axis=1), -4.5, 4.5)
     height = encoders.evaluate(encoder, plan, state, noise, points).log_likelihood - 0.5 * jnp.sum(points**2, axis=-1)
-    log_q = coordinates.log_normal(coordinates.whiten(z - posterior.mean[:, None], posterior.root[:, None]), posterior.root[:, None])
+    log_q = coordinates.log_normal(
+        coordinates.whiten(z - posterior.mean[:, None], posterior.root[:, None]), posterior.root[:, None]
+    )
     return jnp.mean(log_q - (height[:, 1:] - height[:, :1]), axis=1)
 
 

@@ -22,7 +22,7 @@ class Columns(NamedTuple):
     axes: tuple[Axis, ...]
     mapped: tuple[str, ...]
     shared: Float[np.ndarray, "row node"]
-    """Unmapped axes: the mean row, then one row for each coefficient."""
+    """Unmapped axes: the mean row, then one row for each axis."""
     row: tuple[int, ...]
     """Of each column, its shared row."""
     kind: tuple[int, ...]
@@ -56,10 +56,9 @@ def make(axes: Sequence[Axis], mapped: Sequence[str], offset: tuple[float, float
             row.append(0)
             kind.append(1 + known.index(axis.name))
             continue
-        for _ in range(axis.order):
-            row.append(following)
-            kind.append(0)
-            following += 1
+        row.append(following)
+        kind.append(0)
+        following += 1
     return Columns(whole, known, shared, tuple(row), tuple(kind), offset)
 
 
@@ -75,28 +74,35 @@ def at_mapped_nodes(columns: Columns, signals: Float[np.ndarray, "node x"]) -> F
     return np.concatenate([result, np.full_like(result[:1], sd)]) if sd > 0 else result
 
 
-def of_voxels(columns: Columns, values: Mapping[str, Float[np.ndarray, " voxel"]], errors: Mapping[str, Float[np.ndarray, " voxel"]]) -> Float[np.ndarray, "kind voxel mapped_node"]:
+def of_voxels(
+    columns: Columns,
+    values: Mapping[str, Float[np.ndarray, " voxel"]],
+    errors: Mapping[str, Float[np.ndarray, " voxel"]],
+    held: bool = True,
+) -> Float[np.ndarray, "kind voxel mapped_node"]:
     """Every voxel's weights of the mapped nodes: for its value, then for the slope along each mapped axis times the map's error.
 
-    Values outside an axis's range are held at its ends. Without maps all voxels share one row (leading voxel axis of 1).
+    Values outside an axis's range are held at its ends (or, for simulated tissue a little beyond it, extrapolated). Without maps all
+    voxels share one row (leading voxel axis of 1).
     """
     n_voxels = len(next(iter(values.values()))) if columns.mapped else 1
     mapped = [axis for axis in columns.axes if axis.name in columns.mapped]
-    rows = [_interpolation(axis, np.asarray(values[axis.name]), np.asarray(errors[axis.name])) for axis in mapped]
+    rows = [_interpolation(axis, np.asarray(values[axis.name]), np.asarray(errors[axis.name]), held) for axis in mapped]
     result = [_tensor([value for value, _ in rows], n_voxels)]
     for j in range(len(mapped)):
         result.append(_tensor([slope if i == j else value for i, (value, slope) in enumerate(rows)], n_voxels))
     return np.stack(result)
 
 
-def _interpolation(axis: Axis, value: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _interpolation(axis: Axis, value: np.ndarray, error: np.ndarray, held: bool) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the axis's nodes for the value, and for the slope times the error: (voxel, node) each."""
     cheb = np.polynomial.chebyshev
-    held = np.clip(value, axis.lower, axis.upper)
+    if held:
+        value = np.clip(value, axis.lower, axis.upper)
     at = axis.coordinate(axis.node_values())
     to_coefficients = np.linalg.inv(cheb.chebvander(at, axis.n_nodes - 1))
-    x = axis.coordinate(held)
-    span = np.log(axis.upper / axis.lower) * held if axis.logarithmic else np.full_like(held, axis.upper - axis.lower)
+    x = axis.coordinate(value)
+    span = np.log(axis.upper / axis.lower) * value if axis.logarithmic else np.full_like(value, axis.upper - axis.lower)
     slope = cheb.chebval(x, cheb.chebder(to_coefficients)).T if axis.n_nodes > 1 else np.zeros((len(x), 1))
     return cheb.chebval(x, to_coefficients).T, slope * (2 * error / span)[:, None]
 

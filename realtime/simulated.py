@@ -34,8 +34,10 @@ SIGMA_RANGE = (1.5e-3, 4e-2)
 """Noise of simulated scans [fraction of M0], log-uniform."""
 DOF_RANGE = (8.0, 5e3)
 """Degrees of freedom behind the noise, log-uniform."""
-MISFIT_RANGE = (0.0, 0.015)
+MISFIT_RANGE = (0.0, 0.025)
 """Error that all voxels share, of half of the training scans [fraction of M0]."""
+SPREADS = (1.0, 1.0, 1.8)
+"""What training scans stretch the priors by: real voxels lie at the box's edge and beyond the nuisances' ranges, too."""
 
 
 class Conditions(NamedTuple):
@@ -45,7 +47,9 @@ class Conditions(NamedTuple):
     sigma: float
     """Noise that the posterior is told [fraction of M0]; the true one differs as its degrees of freedom say."""
     dof: float
-    misfit: float
+    misfit: float = 0.0
+    spread: float = 1.0
+    """Factor by which truths and nuisances spread further than their priors; 1 where truth is to be covered."""
 
 
 class Drawn(NamedTuple):
@@ -66,8 +70,9 @@ class Simulator:
         self.scan = scan
         self.model = forward.model(scan)
         self.mapped = tuple(axis.name for axis in self.model.axes if axis.name in mapped)
-        logarithmic = tuple(parameter.prior == "log-uniform" for parameter in scan.parameters.values())
-        self.coordinate = coordinates.of_box(self.model.prior.box, (logarithmic[0], logarithmic[1]))
+        fraction, rate = scan.parameters.values()
+        box = self.model.prior.box
+        self.coordinate = coordinates.Coordinate(box.lower, box.upper, (fraction.prior, rate.prior))
         lower, upper = bounds(scan.readout.offset)
         self.offset = (0.5 * (lower + upper), (upper - lower) / 12**0.5)
         self.columns = voxel_columns.make(self.model.axes, self.mapped, self.offset)
@@ -104,22 +109,27 @@ class Simulator:
         n = n_groups * GROUP
         axes = {axis.name: axis for axis in self.model.axes}
         maps = {name: _uniform(axes[name], rng.random(n_groups)) for name in self.mapped}
-        values = {name: _uniform(axis, rng.random(n)) for name, axis in axes.items()}
+        stretch = 1 + 0.75 * (conditions.spread - 1)
+        values = {name: _uniform(axis, 0.5 + stretch * (rng.random(n) - 0.5)) for name, axis in axes.items()}
         for name, each in maps.items():
             value = np.repeat(each, GROUP)
-            values[name] = np.clip(value + self.map_error(name, value) * rng.standard_normal(n), axes[name].lower, axes[name].upper)
-        truth = np.clip(rng.standard_normal((n, 2)), -coordinates.REACH, coordinates.REACH)
+            values[name] = value + conditions.spread * self.map_error(name, value) * rng.standard_normal(n)
+        truth = np.clip(conditions.spread * rng.standard_normal((n, 2)), -coordinates.REACH, coordinates.REACH)
         at = [np.asarray(self.coordinate.place(axis, jnp.asarray(truth[:, axis]))) for axis in (0, 1)]
         points = signal_basis.node_weights(at[0], at[1])
-        weights = voxel_columns.of_voxels(self._everything, values, {name: np.zeros(n) for name in axes})[0]
+        weights = voxel_columns.of_voxels(self._everything, values, {name: np.zeros(n) for name in axes}, held=False)[0]
         signals = np.stack([np.sum((weights @ image[:-1]) * points, axis=1) for image in expected])
         lower, upper = bounds(self.scan.readout.offset)
         signals += rng.uniform(lower, upper, n)
-        signals += rng.standard_normal((len(signals), 1)) * max(conditions.misfit, self.scan.noise.discrepancy)
+        signals += conditions.misfit * rng.standard_normal((len(signals), 1)) + self.scan.noise.discrepancy * rng.standard_normal(
+            signals.shape
+        )
         sigma = conditions.sigma * np.sqrt(conditions.dof / rng.chisquare(conditions.dof))
         return Drawn(truth, signals + sigma * rng.standard_normal(signals.shape), maps)
 
-    def coefficients(self, basis: Basis, expected: np.ndarray, maps: dict[str, np.ndarray]) -> Float[np.ndarray, "image group function"]:
+    def coefficients(
+        self, basis: Basis, expected: np.ndarray, maps: dict[str, np.ndarray]
+    ) -> Float[np.ndarray, "image group function"]:
         """Every image's coefficients in the basis, for each value of the maps."""
         weights = self.voxel_weights(maps)
         return np.stack([image_coefficients(self.columns, basis, image, weights) for image in expected])
@@ -139,7 +149,9 @@ class Simulator:
         noise = Noise(*(jnp.asarray(each) for each in (conditions.sigma, conditions.dof, self.scan.noise.discrepancy)))
 
         def one(group: int) -> Gaussian:
-            measured = {name: Measured(float(each[group]), float(self.map_error(name, each[group]))) for name, each in drawn.maps.items()}
+            measured = {
+                name: Measured(float(each[group]), float(self.map_error(name, each[group]))) for name, each in drawn.maps.items()
+            }
             weights = nuisance.with_offset(nuisance.columns(self.model.axes, measured), *self.offset)
             columns = np.einsum("mcn,inx->icmx", weights, expected)
             signals = drawn.signals[:, group * GROUP : (group + 1) * GROUP]
@@ -170,11 +182,16 @@ class Simulator:
 
 
 def image_coefficients(
-    columns: voxel_columns.Columns, basis: Basis, signals: Float[np.ndarray, "node point"], weights: Float[np.ndarray, "kind voxel node"]
+    columns: voxel_columns.Columns,
+    basis: Basis,
+    signals: Float[np.ndarray, "node point"],
+    weights: Float[np.ndarray, "kind voxel node"],
 ) -> Float[np.ndarray, "voxel function"]:
     """One image's coefficients in the basis for every voxel."""
     at_nodes = signal_basis.coefficients(basis, voxel_columns.at_mapped_nodes(columns, signals))
-    return np.concatenate([weights[kind] @ at_nodes[:, block] for kind, block in zip(columns.kinds, basis.blocks, strict=True)], axis=1)
+    return np.concatenate(
+        [weights[kind] @ at_nodes[:, block] for kind, block in zip(columns.kinds, basis.blocks, strict=True)], axis=1
+    )
 
 
 def make_basis(simulator: Simulator, rng: np.random.Generator, n_orders: int = 4, n_values: int = 12) -> Basis:
@@ -186,7 +203,9 @@ def make_basis(simulator: Simulator, rng: np.random.Generator, n_orders: int = 4
     orders = [simulator.scan.schedule, simulator.extra, *(simulator.random_order(rng) for _ in range(n_orders))]
     for order in orders:
         for image in simulator.expected(order):
-            for kind, found, column in zip(simulator.columns.kinds, samples, voxel_columns.at_mapped_nodes(simulator.columns, image), strict=True):
+            for kind, found, column in zip(
+                simulator.columns.kinds, samples, voxel_columns.at_mapped_nodes(simulator.columns, image), strict=True
+            ):
                 found.append(weights[kind] @ column)
     return signal_basis.make([np.concatenate(found) for found in samples])
 
@@ -200,7 +219,11 @@ def _random_pulse(scan: Scan, rng: np.random.Generator) -> SaturationBlock:
     limits, like = scan.limits, scan.schedule[rng.integers(len(scan.schedule))]
     return SaturationBlock(
         b1_ut=round(float(rng.uniform(0, limits.b1_max_ut)), 2) if rng.random() < 0.8 else 0.0,
-        offset_ppm=round(float(rng.uniform(limits.offset_ppm.lower, limits.offset_ppm.upper)), 1) if rng.random() < 0.5 else like.offset_ppm,
+        offset_ppm=round(float(rng.uniform(limits.offset_ppm.lower, limits.offset_ppm.upper)), 1)
+        if rng.random() < 0.5
+        else like.offset_ppm,
         t_sat_s=like.t_sat_s,
-        t_rec_s=round(float(rng.uniform(max(limits.t_rec_s.lower, 0.0), min(limits.t_rec_s.upper, 8.0))), 1) if rng.random() < 0.3 else like.t_rec_s,
+        t_rec_s=round(float(rng.uniform(max(limits.t_rec_s.lower, 0.0), min(limits.t_rec_s.upper, 8.0))), 1)
+        if rng.random() < 0.3
+        else like.t_rec_s,
     )

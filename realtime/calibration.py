@@ -1,0 +1,96 @@
+"""Is an encoder calibrated? Simulated scans whose truth is known: coverage, simulation-based calibration, agreement with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from scansteer.core import coordinate as coordinates
+from scansteer.core import encoder as encoders
+from scansteer.core import training
+from scansteer.core.encoder import Encoder, Gaussian, State
+from scansteer.core.likelihood import Noise
+from scansteer.realtime.simulated import DOF_RANGE, SIGMA_RANGE, Conditions, Simulator
+
+LEVELS = (0.5, 0.8, 0.95)
+N_GROUPS = 6
+"""Groups of 64 voxels in each simulated scan."""
+
+
+def calibrate(
+    simulator: Simulator,
+    encoder: Encoder,
+    seed: int,
+    n_scans: int,
+    pool: ThreadPoolExecutor,
+    tell: Callable[[str, int, int], None],
+) -> list[dict[str, Any]]:
+    """For every number of images from 3: coverage of the encoder's and the reference's regions, rank statistics, divergence from the reference.
+
+    The scans play the schedule, half of them; the others random orders of its pulses.
+    """
+    infer = eqx.filter_jit(lambda encoder, plan, state, noise: encoders.infer(encoder, plan, state, noise))
+    plan = encoders.plan(encoder)
+    truths, ours, theirs = [], [], []
+    for number in range(n_scans):
+        tell("calibrating", number, n_scans)
+        rng = np.random.default_rng([seed, 5, number])
+        blocks = simulator.scan.schedule if number % 2 == 0 else simulator.random_order(rng)
+        sigma, dof = (float(np.exp(rng.uniform(*np.log(span)))) for span in (SIGMA_RANGE, DOF_RANGE))
+        conditions = Conditions(blocks, sigma, dof)
+        expected = simulator.expected(blocks)
+        drawn = simulator.draw(rng, conditions, N_GROUPS, expected)
+        theirs.append(simulator.references(drawn, conditions, expected, pool))
+        ours.append(_encoded(simulator, encoder, plan, infer, conditions, drawn, expected))
+        truths.append(drawn.truth)
+    truth = np.concatenate(truths)
+    mine, reference = (jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *each) for each in (ours, theirs))
+    names = simulator.scan.parameter_names
+    return [_figures(n, truth, _at(mine, n), _at(reference, n), names) for n in range(3, len(mine.mean) + 1)]
+
+
+def _encoded(simulator: Simulator, encoder: Encoder, plan, infer, conditions: Conditions, drawn, expected) -> Gaussian:
+    """The encoder's posteriors, (image, voxel, ..)."""
+    coefficients = simulator.coefficients(encoder.basis, expected, drawn.maps)
+    n_voxels = drawn.signals.shape[1]
+    group = np.arange(n_voxels) * coefficients.shape[1] // n_voxels
+    noise = Noise(*(jnp.asarray(each) for each in (conditions.sigma, conditions.dof, simulator.scan.noise.discrepancy)))
+    state: State = encoders.init(n_voxels, n_voxels, coefficients.shape[2])
+    result = []
+    for image, signal in zip(coefficients, drawn.signals, strict=True):
+        state = encoders.update(state, jnp.asarray(image[group]), jnp.asarray(signal))
+        result.append(jax.tree.map(np.asarray, infer(encoder, plan, state, noise)))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *result)
+
+
+def _at(posterior: Gaussian, n: int) -> Gaussian:
+    return Gaussian(posterior.mean[n - 1], posterior.root[n - 1])
+
+
+def _figures(n: int, truth: np.ndarray, ours: Gaussian, theirs: Gaussian, names: Sequence[str]) -> dict[str, Any]:
+    deviation = np.stack([ours.root[:, 0], np.hypot(ours.root[:, 1], ours.root[:, 2])], axis=1)
+    ranks = stats.norm.cdf((truth - ours.mean) / deviation)
+    divergence = np.asarray(training.divergence(theirs, ours))
+    return {
+        "n": n,
+        "draws": len(truth),
+        "coverage": {f"{level:g}": _coverage(truth, ours, level) for level in LEVELS},
+        "coverage_reference_moments": {f"{level:g}": _coverage(truth, theirs, level) for level in LEVELS},
+        "rank_ks": {name: float(stats.kstest(ranks[:, axis], "uniform").statistic) for axis, name in enumerate(names)},
+        "rank_histogram": {name: np.histogram(ranks[:, axis], 10, (0, 1))[0].tolist() for axis, name in enumerate(names)},
+        "divergence_median": float(np.median(divergence)),
+        "divergence_p99": float(np.percentile(divergence, 99)),
+    }
+
+
+def _coverage(truth: np.ndarray, posterior: Gaussian, level: float) -> float:
+    """Share of truths inside the ellipse of that probability."""
+    whitened = np.asarray(coordinates.whiten(jnp.asarray(truth - posterior.mean), jnp.asarray(posterior.root)))
+    return float(np.mean(np.sum(whitened**2, axis=1) <= stats.chi2.ppf(level, 2)))

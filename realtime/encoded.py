@@ -1,0 +1,296 @@
+"""The posterior of a whole volume: the encoder for every voxel, the reference auditing a random sample of them at every image.
+
+Same interface as `realtime.reference.Reference`. The audited voxels are drawn once, seeded by the scan's name, for the reference's sums must
+have seen every image; the draws that compare are seeded by the scan's name and the number of images. Where the two disagree beyond
+`MEDIAN_BOUND` or `OVER_4_BOUND` the reference takes over for the whole region; if the region is too large for it, this is said and stops are vetoed.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from scansteer.core import agreement, gaussian_region, signal_basis, voxel_columns
+from scansteer.core import encoder as encoders
+from scansteer.core.encoder import Encoder, Gaussian, Plan, State
+from scansteer.core.grid_posterior import Info, Prior
+from scansteer.core.likelihood import Noise
+from scansteer.core.noise import NoiseEstimate
+from scansteer.core.signal_basis import Basis
+from scansteer.core.voxel_columns import Columns
+from scansteer.protocols.scan import SaturationBlock, Scan, bounds
+from scansteer.realtime.encoder_file import Trained, check
+from scansteer.realtime.messages import Audit
+from scansteer.realtime.reference import Reference
+
+BLOCK = 4096
+"""Voxels per block; fixed and padded, so that a voxel's answer is the same alone and in a volume."""
+N_AUDITED = 256
+N_DRAWS = 200
+MEDIAN_BOUND = 2.0
+"""Largest acceptable median Mahalanobis distance, either way (1.18 is a perfect match)."""
+OVER_4_BOUND = 0.05
+"""Largest acceptable share of distances over 4, either way."""
+FIRST_AUDITED = 3
+"""Number of images from which disagreement counts: before, a posterior is little more than the prior."""
+MOST_VOXELS_OF_REFERENCE = 2048
+"""Regions up to this size can be handed to the reference within seconds."""
+
+
+class _Auditor(Reference):
+    """A reference that is told what signals to expect, so that one repetition is simulated once for all."""
+
+    _told: jnp.ndarray | None = None
+
+    def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
+        return super().play(block, first=first) if self._told is None else self._told
+
+    def learn(self, expected: jnp.ndarray, signal: np.ndarray, noise: NoiseEstimate) -> Info:
+        """Absorb an image whose expected signals are known."""
+        self._told = expected
+        try:
+            return self.absorb(signal, noise, self.scan.schedule[0], first=False)
+        finally:
+            self._told = None
+
+
+class Answer(NamedTuple):
+    """What the encoder says of one block."""
+
+    info: Info
+    posterior: Gaussian
+
+
+class Volume:
+    """The encoder alone: running sums and posteriors of many voxels in fixed blocks."""
+
+    def __init__(self, encoder: Encoder, columns: Columns, discrepancy: float, block: int = BLOCK) -> None:
+        """Compile: seconds."""
+        self.encoder, self.columns, self._block = encoder, columns, block
+        self._plan = encoders.plan(encoder)
+        self._discrepancy = jnp.asarray(discrepancy)
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-encoder")
+        self._step = eqx.filter_jit(_step, donate="all-except-first")
+        self._n_voxels = 0
+        self._weights: list[jax.Array] = []
+        self._states: list[State] = []
+        self._warm_up()
+
+    def begin(self, weights: Float[np.ndarray, "kind voxel node"], n_voxels: int) -> None:
+        """Fix the voxels: `weights` as `core.voxel_columns.of_voxels` gives them."""
+        n_blocks = -(-n_voxels // self._block)
+        shared = weights.shape[1] == 1
+        self._n_voxels = n_voxels
+        padded = [
+            np.asarray(weights if shared else _padded(weights, index, self._block), np.float32) for index in range(n_blocks)
+        ]
+        self._weights = [jnp.asarray(each) for each in padded]
+        size = sum(self.encoder.basis.ranks)
+        self._states = [encoders.init(self._block, 1 if shared else self._block, size) for _ in range(n_blocks)]
+
+    def absorb(
+        self, expected: Float[np.ndarray, "node point"], signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate
+    ) -> Answer:
+        """Add one image and infer; `expected` are its simulated signals at every nuisance node. NumPy leaves over all voxels."""
+        columns = voxel_columns.at_mapped_nodes(self.columns, np.asarray(expected))
+        at_nodes = jnp.asarray(signal_basis.coefficients(self.encoder.basis, columns), jnp.float32)
+        now = tuple(float(each) for each in (noise.sigma, noise.dof))
+
+        def one(index: int) -> Answer:
+            values = jnp.asarray(_padded(signal[None], index, self._block)[0], jnp.float64)
+            known = Noise(jnp.asarray(now[0]), jnp.asarray(now[1]), self._discrepancy)
+            fixed = (self.encoder, self._plan, self._weights[index], at_nodes, known)
+            self._states[index], answer = self._step(fixed, self._states[index], values, self.columns.kinds)
+            return jax.block_until_ready(answer)
+
+        answers = list(self._pool.map(one, range(len(self._states))))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: self._n_voxels], *answers)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
+
+    def _warm_up(self) -> None:
+        n = self.columns.n_mapped_nodes
+        voxels = 2 if self.columns.mapped else 1
+        self.begin(np.full((1 + len(self.columns.mapped), voxels, n), 1 / n), 2)
+        nodes = int(np.prod([axis.n_nodes for axis in self.columns.axes], dtype=int))
+        for _ in range(2):
+            self.absorb(
+                np.full((nodes + 1, self.encoder.basis.functions.shape[1]), 0.5), np.full(2, 0.5), NoiseEstimate(0.01, 10.0)
+            )
+        self.begin(np.full((1, 1, n), 1.0), 0)
+
+
+class Encoded:
+    """The posterior of every voxel of a region, one image at a time; see the module."""
+
+    def __init__(self, scan: Scan, mapped: Sequence[str], trained: Trained) -> None:
+        """Compile and simulate the schedule: seconds.
+
+        Raises
+        ------
+        InputError
+            The weights belong to another scan, or were trained with other maps.
+        """
+        self.scan = scan
+        self._reference = _Auditor(scan, mapped)
+        axes = self._reference.model.axes
+        self._mapped = tuple(axis.name for axis in axes if axis.name in mapped)
+        check(trained, scan, self._mapped)
+        lower, upper = bounds(scan.readout.offset)
+        columns = voxel_columns.make(axes, self._mapped, (0.5 * (lower + upper), (upper - lower) / 12**0.5))
+        self._volume = Volume(trained.encoder, columns, scan.noise.discrepancy)
+        self._coordinate = trained.encoder.coordinate
+        self._compare = jax.jit(self._distances)
+        self._seed = zlib.crc32(scan.name.encode())
+        self._history: list[tuple[np.ndarray, np.ndarray, NoiseEstimate]] | None = None
+        self._region: tuple[dict[str, np.ndarray], np.ndarray] | None = None
+        self._audited = np.zeros(0, int)
+        self._n_images = 0
+        self.source = "encoder"
+        self.audit: Audit | None = None
+        self.said: str | None = None
+        """What happened at the latest image that a person should know."""
+        self.veto: str | None = None
+        """Why a stop is out of the question; none: nothing speaks against it."""
+        self._warm_up()
+
+    @property
+    def prior(self) -> Prior:
+        return self._reference.prior
+
+    def begin(self, maps: dict[str, Float[np.ndarray, " voxel"]], brightness: Float[np.ndarray, " voxel"]) -> None:
+        """Fix the region; see `Reference.begin`."""
+        n_voxels = len(brightness)
+        used = {name: np.asarray(maps[name], float) for name in self._mapped}
+        errors = {name: map_error(self.scan, name, values) for name, values in used.items()}
+        self._volume.begin(voxel_columns.of_voxels(self._volume.columns, used, errors), n_voxels)
+        order = np.random.default_rng(self._seed).permutation(n_voxels)
+        self._audited = np.sort(order[:N_AUDITED])
+        self._reference.begin({name: values[self._audited] for name, values in used.items()}, brightness[self._audited])
+        self._region = used, brightness
+        self._history = [] if n_voxels <= MOST_VOXELS_OF_REFERENCE else None
+        self._n_images, self.source, self.audit, self.said, self.veto = 0, "encoder", None, None, None
+
+    def absorb(self, signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate, block: SaturationBlock, *, first: bool) -> Info:
+        """Play the block, absorb the image it led to, infer, audit; NumPy leaves over all voxels."""
+        expected = self._reference.play(block, first=first)
+        self._n_images += 1
+        self.said = None
+        if self.source == "reference":
+            self.audit = None
+            return self._reference.learn(expected, signal, noise)
+        answer = self._volume.absorb(np.asarray(expected), signal, noise)
+        if self._history is not None:
+            self._history.append((np.asarray(expected), signal, noise))
+        sampled = self._reference.learn(expected, signal[self._audited], noise)
+        self.audit = self._judge(answer.posterior, sampled)
+        apart = self._n_images >= FIRST_AUDITED and _disagree(self.audit)
+        self.veto = None
+        return self._hand_over(answer.info) if apart else answer.info
+
+    def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
+        """Carry the magnetisation through one repetition without an image."""
+        return self._reference.play(block, first=first)
+
+    def close(self) -> None:
+        self._volume.close()
+        self._reference.close()
+
+    def _judge(self, posterior: Gaussian, sampled: Info) -> Audit:
+        """Encoder against reference on the audited voxels; always the same number, the last one repeated."""
+        n = len(self._audited)
+        rows = np.minimum(np.arange(N_AUDITED), n - 1)
+        ours = jax.tree.map(lambda leaf: jnp.asarray(leaf[self._audited[rows]]), posterior)
+        key = jax.random.fold_in(jax.random.PRNGKey(self._seed), self._n_images)
+        m1, m2 = (np.asarray(each)[:n] for each in self._compare(key, ours, jnp.asarray(sampled.log_posterior[rows])))
+        over = max(float(np.mean(m1 > agreement.TOO_FAR)), float(np.mean(m2 > agreement.TOO_FAR)))
+        return Audit(n_voxels=n, m1_median=_bounded(np.median(m1)), m2_median=_bounded(np.median(m2)), fraction_over_4=over)
+
+    def _distances(self, key, ours: Gaussian, log_posterior):
+        box = self.prior.box
+        lattice = agreement.follow(log_posterior.reshape(-1, *box.n_points), box)
+        distances = agreement.compare(key, ours, lattice, self._coordinate, N_DRAWS)
+        return distances.m1, distances.m2
+
+    def _hand_over(self, info: Info) -> Info:
+        """The reference takes over, with all images so far; if the region is too large for it, stops are vetoed."""
+        assert self.audit is not None and self._region is not None
+        found = (
+            f"Encoder and reference disagree: Mahalanobis medians {self.audit.m1_median:.2f} and {self.audit.m2_median:.2f}, "
+            f"{self.audit.fraction_over_4:.1%} over 4"
+        )
+        if self._history is None:
+            self.said = self.veto = f"{found}; the region is too large for the reference, so no stop is called."
+            return info
+        self._reference.begin(*self._region)
+        for expected, signal, noise in self._history:
+            info = self._reference.learn(jnp.asarray(expected), signal, noise)
+        self.source, self._history = "reference", None
+        self.said = f"{found}; the reference decides from now on."
+        return info
+
+    def _warm_up(self) -> None:
+        """Compile the comparison."""
+        n_cells = self.prior.box.n_cells
+        ours = Gaussian(jnp.zeros((N_AUDITED, 2), jnp.float32), jnp.tile(jnp.asarray([1, 0, 1], jnp.float32), (N_AUDITED, 1)))
+        jax.block_until_ready(self._compare(jax.random.PRNGKey(0), ours, jnp.zeros((N_AUDITED, n_cells), jnp.float32)))
+
+
+def map_error(scan: Scan, name: str, values: np.ndarray) -> np.ndarray:
+    """Standard deviation of a map, as the scan states it."""
+    described = scan.auxiliaries[name]  # type: ignore[index]
+    return np.hypot(described.map_error, described.map_error_relative * values)
+
+
+def voxel_coefficients(
+    basis: Basis, kinds: tuple[int, ...], weights: jax.Array, at_nodes: jax.Array
+) -> Float[jax.Array, "voxel function"]:
+    """One image's coefficients of every voxel, from those at the nodes of what is mapped."""
+    return jnp.concatenate([weights[kind] @ at_nodes[:, block] for kind, block in zip(kinds, basis.blocks, strict=True)], axis=1)
+
+
+def answer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Answer:
+    """Posterior and summary of every voxel; the MAP is the most probable of the Gaussian's mean, its likelihood's peak and their middle."""
+    posterior = encoders.infer(encoder, plan, state, noise)
+    peak = gaussian_region.mode(posterior)
+    candidates = jnp.stack([posterior.mean, peak, 0.5 * (posterior.mean + peak)], axis=1)
+    fit = encoders.evaluate(encoder, plan, state, noise, candidates)
+    values = [encoder.coordinate.value(axis, candidates[..., axis]) for axis in (0, 1)]
+    height = fit.log_likelihood + sum(encoder.coordinate.log_prior(axis, values[axis]) for axis in (0, 1))
+    best = jnp.argmax(height, axis=1)[:, None]
+    estimate = jnp.take_along_axis(candidates, best[..., None], axis=1)[:, 0]
+    residual, amplitude = (jnp.take_along_axis(each, best, axis=1)[:, 0] for each in (fit.residual, fit.amplitude))
+    nrmse = jnp.sqrt(residual / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
+    summary = gaussian_region.summarise(posterior, estimate, encoder.coordinate)
+    return Answer(Info(summary, nrmse, amplitude, jnp.zeros((len(nrmse), 0), jnp.float32)), posterior)
+
+
+def _step(fixed, state: State, signal, kinds: tuple[int, ...]) -> tuple[State, Answer]:
+    encoder, plan, weights, at_nodes, noise = fixed
+    state = encoders.update(state, voxel_coefficients(encoder.basis, kinds, weights, at_nodes), signal)
+    return state, answer(encoder, plan, state, noise)
+
+
+def _padded(values: np.ndarray, index: int, block: int) -> np.ndarray:
+    """(.., voxel, ..) -> one block along axis 1 (axis 0 leads), the last one padded with copies of its last voxel."""
+    n = values.shape[1]
+    return values[:, np.minimum(np.arange(index * block, (index + 1) * block), n - 1)]
+
+
+def _disagree(audit: Audit) -> bool:
+    return max(audit.m1_median, audit.m2_median) > MEDIAN_BOUND or audit.fraction_over_4 > OVER_4_BOUND
+
+
+def _bounded(value: float | np.floating) -> float:
+    """A distance that is not finite is as good as infinite: JSON knows neither."""
+    return float(value) if np.isfinite(value) else 1e6

@@ -1,0 +1,229 @@
+"""Encoder against reference on a stored scan, image by image, and against the truth on simulated ones."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scansteer.core import agreement, voxel_columns
+from scansteer.core.encoder import Gaussian
+from scansteer.core.errors import InputError, ScansteerError
+from scansteer.core.grid_posterior import Info
+from scansteer.protocols.scan import Scan
+from scansteer.realtime import calibration, encoder_file
+from scansteer.realtime.encoded import Answer, Volume, map_error
+from scansteer.realtime.encoder_file import Trained
+from scansteer.realtime.recording import Recording, read
+from scansteer.realtime.reference import Reference
+from scansteer.realtime.simulated import Simulator
+
+N_DRAWS = 200
+CHUNK = 256
+"""Voxels compared at a time."""
+N_CALIBRATION_SCANS = 12
+Tell = Callable[[str, int, int], None]
+
+
+def evaluate(
+    path: Path,
+    scan: Scan,
+    encoder: str | None = None,
+    roi: Path | None = None,
+    maps: dict[str, str] | None = None,
+    calibrate: bool = True,
+    tell: Tell = lambda *_: None,
+) -> dict[str, Any]:
+    """The table of the paper at every number of images, and calibration on simulated scans.
+
+    Parameters
+    ----------
+    encoder
+        File; none: the shipped one of that scan.
+
+    Raises
+    ------
+    InputError
+        Nothing to evaluate, or weights of another scan.
+    """
+    recording, warnings = read(path, scan, roi, maps)
+    trained = chosen(scan, encoder)
+    encoder_file.check(trained, scan, tuple(recording.maps))
+    images = list(compared(recording, scan, trained, tell))
+    result: dict[str, Any] = {
+        "scan": scan.name,
+        "n_voxels": recording.signals.shape[1],
+        "warnings": warnings,
+        "encoder": {
+            "scan": trained.scan,
+            "mapped": list(trained.mapped),
+            "settings": trained.about.get("settings"),
+            "measured": trained.about.get("measured"),
+        },
+        "images": images,
+    }
+    if calibrate:
+        tell("simulating pulses", 0, 1)
+        simulator = Simulator(scan, trained.mapped)
+        with ThreadPoolExecutor(2) as pool:
+            result["calibration"] = calibration.calibrate(simulator, trained.encoder, 1000, N_CALIBRATION_SCANS, pool, tell)
+    return result
+
+
+def chosen(scan: Scan, encoder: str | None) -> Trained:
+    """The encoder in a file, or the one that is shipped with the scan."""
+    if encoder == "none":
+        raise InputError("evaluate compares an encoder with the reference: --encoder none leaves nothing to compare.")
+    trained = encoder_file.load(Path(encoder)) if encoder is not None else encoder_file.shipped(scan)
+    if trained is None:
+        raise InputError(
+            f"No encoder is shipped for scan {scan.name!r}; train one with `scansteer train` and give it with --encoder."
+        )
+    return trained
+
+
+def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
+    """One row per image."""
+    reference = Reference(scan, list(recording.maps))
+    volume = Volume(trained.encoder, columns_of(reference, trained), scan.noise.discrepancy, block=1024)
+    errors = {name: map_error(scan, name, values) for name, values in recording.maps.items()}
+    volume.begin(voxel_columns.of_voxels(volume.columns, recording.maps, errors), recording.signals.shape[1])
+    reference.begin(recording.maps, recording.signals[0])
+    compare = _comparison(reference, trained)
+    seed = zlib.crc32(scan.name.encode())
+    played = 0
+    for n, (repetition, signal, noise) in enumerate(
+        zip(recording.repetitions, recording.signals, recording.noise, strict=True), 1
+    ):
+        tell("comparing", n, len(recording.signals))
+        while played < repetition:
+            reference.play(recording.blocks[played], first=played == 0)
+            played += 1
+        before, block = reference._state, recording.blocks[repetition]
+        expected = reference.play(block, first=played == 0)
+        reference._state = before
+        info = reference.absorb(signal, noise, block, first=played == 0)
+        played += 1
+        answer = volume.absorb(np.asarray(expected), signal, noise)
+        distances = _distances(compare, jax.random.fold_in(jax.random.PRNGKey(seed), n), answer.posterior, info)
+        yield row(n, scan.parameter_names, answer, info, distances)
+    reference.close()
+    volume.close()
+
+
+def columns_of(reference: Reference, trained: Trained) -> voxel_columns.Columns:
+    """The columns of a reference's scan, with the maps that the encoder was trained for."""
+    lower, upper = _bounds(reference.scan)
+    return voxel_columns.make(reference.model.axes, trained.mapped, (0.5 * (lower + upper), (upper - lower) / 12**0.5))
+
+
+def row(n: int, names: tuple[str, str], answer: Answer, info: Info, distances: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Figures of one image over all voxels; those in f and k use the mean and covariance there."""
+    ours, theirs = answer.info.summary, info.summary
+    meet = np.asarray(agreement.intersect(ours.lower, ours.upper, theirs.lower, theirs.upper))
+    figures: dict[str, Any] = {"n": n}
+    for key in ("m1", "m2"):
+        figures[f"{key}_median"] = float(np.median(distances[key]))
+        figures[f"{key}_over_4"] = float(np.mean(distances[key] > agreement.TOO_FAR))
+        figures[f"{key}_fk_median"] = float(np.median(distances[f"{key}_fk"]))
+        figures[f"{key}_fk_over_4"] = float(np.mean(distances[f"{key}_fk"] > agreement.TOO_FAR))
+    figures["self_median"] = float(np.median(distances["self"]))
+    figures["ci_intersect"] = {name: float(np.mean(meet[:, axis])) for axis, name in enumerate(names)}
+    figures["nrmse"] = {"encoder": float(np.median(answer.info.nrmse)), "reference": float(np.median(info.nrmse))}
+    figures["nrmse_mean"] = {"encoder": float(np.mean(answer.info.nrmse)), "reference": float(np.mean(info.nrmse))}
+    figures["cr_area_ratio_median"] = float(np.median(ours.cr_area / theirs.cr_area))
+    return figures
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Distances, their share over 4, and coverage against the number of images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    images = [each for each in result["images"] if each["n"] >= 3]
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    n = [each["n"] for each in images]
+    for key, colour in (("m1", "#0072b2"), ("m2", "#d55e00")):
+        left.plot(n, [each[f"{key}_median"] for each in images], color=colour, label=f"{key.upper()} median")
+        middle.plot(n, [100 * each[f"{key}_over_4"] for each in images], color=colour, label=f"{key.upper()} > 4")
+    left.plot(n, [each["self_median"] for each in images], color="0.5", linestyle=":", label="reference to itself")
+    left.set(
+        xlabel="images", ylabel="Mahalanobis distance", ylim=(0, None), title=f"{result['scan']}, {result['n_voxels']} voxels"
+    )
+    middle.set(xlabel="images", ylabel="share [%]", ylim=(0, None), title="distances over 4")
+    for level in ("0.5", "0.8", "0.95"):
+        rows = result.get("calibration", [])
+        right.plot(
+            [each["n"] for each in rows], [100 * each["coverage"][level] for each in rows], label=f"{float(level):.0%} region"
+        )
+        right.axhline(100 * float(level), color="0.8", linewidth=0.8)
+    right.set(xlabel="images", ylabel="covered [%]", title="simulated scans")
+    for axes in (left, middle, right):
+        axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise ScansteerError(f"Cannot write {path}: {error.strerror}.") from error
+    pyplot.close(figure)
+
+
+def _bounds(scan: Scan) -> tuple[float, float]:
+    from scansteer.protocols.scan import bounds
+
+    return bounds(scan.readout.offset)
+
+
+def _comparison(reference: Reference, trained: Trained):
+    box, coordinate = reference.prior.box, trained.encoder.coordinate
+
+    def compare(key, ours: Gaussian, log_posterior, mean, covariance) -> dict[str, jax.Array]:
+        lattice = agreement.follow(log_posterior.reshape(-1, *box.n_points), box)
+        distances = agreement.compare(key, ours, lattice, coordinate, N_DRAWS)
+        first, second = jax.random.split(jax.random.fold_in(key, 1))
+        mine = _values(coordinate, agreement.draw(first, ours, N_DRAWS))
+        theirs = _values(coordinate, agreement.draw_lattice(second, lattice, coordinate, N_DRAWS))
+        centred = mine - jnp.mean(mine, axis=1, keepdims=True)
+        spread = jnp.einsum("vdi,vdj->vij", centred, centred) / (N_DRAWS - 1)
+        m1_fk, m2_fk = _mahalanobis(mine, mean, covariance), _mahalanobis(theirs, jnp.mean(mine, axis=1), spread)
+        return {"m1": distances.m1, "m2": distances.m2, "self": distances.self_distance, "m1_fk": m1_fk, "m2_fk": m2_fk}
+
+    return jax.jit(compare)
+
+
+def _distances(compare, key, posterior: Gaussian, info: Info) -> dict[str, np.ndarray]:
+    """In chunks of one size, the last one padded."""
+    n = len(posterior.mean)
+    parts = []
+    for start in range(0, n, CHUNK):
+        rows = np.minimum(np.arange(start, start + CHUNK), n - 1)
+        ours = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), posterior)
+        summary = info.summary
+        each = compare(
+            jax.random.fold_in(key, start),
+            ours,
+            *(jnp.asarray(leaf[rows]) for leaf in (info.log_posterior, summary.mean, summary.covariance)),
+        )
+        parts.append({name: np.asarray(value)[: min(CHUNK, n - start)] for name, value in each.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _values(coordinate, z: jax.Array) -> jax.Array:
+    return jnp.stack([coordinate.value(axis, z[..., axis]) for axis in (0, 1)], axis=-1)
+
+
+def _mahalanobis(points: jax.Array, mean: jax.Array, covariance: jax.Array) -> jax.Array:
+    scale = jnp.sqrt(jnp.stack([covariance[:, 0, 0], covariance[:, 1, 1]], axis=1))
+    offset = (points - mean[:, None]) / scale[:, None]
+    r = covariance[:, 0, 1] / (scale[:, 0] * scale[:, 1])
+    r = jnp.clip(r, -0.9999, 0.9999)[:, None]
+    return jnp.sqrt(
+        jnp.maximum((offset[..., 0] ** 2 - 2 * r * offset[..., 0] * offset[..., 1] + offset[..., 1] ** 2) / (1 - r**2), 0.0)
+    )

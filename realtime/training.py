@@ -1,0 +1,312 @@
+"""Training runs: simulated and measured scans in, progress and checkpoints on the way, one encoder file out.
+
+A run first simulates scans with their exact posteriors, then takes optimiser steps on random voxels at random numbers of images. Measured
+scans, if given, join in by the evidence lower bound alone (*fitting* for the scan itself, *transfer* for later ones). The same seed,
+machine and number of threads give the same weights; a run that was interrupted goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from scansteer.core import encoder as encoders
+from scansteer.core import training
+from scansteer.core.encoder import Encoder, Gaussian, State
+from scansteer.core.errors import ScansteerError
+from scansteer.core.likelihood import Noise
+from scansteer.core.signal_basis import Basis
+from scansteer.core.training import Samples, Weights
+from scansteer.protocols.scan import Scan
+from scansteer.realtime import calibration
+from scansteer.realtime.encoder_file import Trained, physics_of, save
+from scansteer.realtime.recording import Recording
+from scansteer.realtime.simulated import (
+    DOF_RANGE,
+    MISFIT_RANGE,
+    N_EXTRA_PULSES,
+    SIGMA_RANGE,
+    SPREADS,
+    Conditions,
+    Simulator,
+    make_basis,
+)
+
+CHECKPOINT_SUFFIX = ".checkpoint"
+STEPS_PER_CHECKPOINT = 250
+WARM_UP_SHARE = 0.03
+"""Of the steps, during which the learning rate rises."""
+MOST_VOXELS_OF_RECORDING = 1024
+"""Voxels drawn from a measured scan."""
+SUBSETS_PER_VOXEL = 12
+"""Random subsets of a measured scan's images, for each of its voxels."""
+
+Tell = Callable[[str, int, int], None]
+"""What is going on, how much is done, of how much."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What determines a run, besides the scan and the files."""
+
+    seed: int = 0
+    n_scans: int = 20
+    """Simulated scans; every third plays the published schedule, the others random orders and pulses."""
+    n_groups: int = 5
+    """Groups of 64 voxels in each."""
+    n_steps: int = 3000
+    batch: int = 768
+    learning_rate: float = 3e-3
+    lower_bound: float = 0.05
+    """Weight of the evidence lower bound beside the reference's moments."""
+    share_measured: float = 0.25
+    """Of a batch, where there are measured scans."""
+    n_calibration_scans: int = 12
+    """Simulated scans, not trained on, from which the calibration figures in the file come."""
+
+
+class Bank(NamedTuple):
+    """Voxels in the middle of scans, as NumPy arrays; many share a gram matrix."""
+
+    gram: Float[np.ndarray, "table function function"]
+    place: np.ndarray
+    """Of each sample, its gram matrix."""
+    projection: Float[np.ndarray, "sample function"]
+    energy: Float[np.ndarray, " sample"]
+    n_images: Float[np.ndarray, " sample"]
+    sigma: Float[np.ndarray, " sample"]
+    dof: Float[np.ndarray, " sample"]
+    mean: Float[np.ndarray, "sample 2"]
+    root: Float[np.ndarray, "sample 3"]
+    is_known: Float[np.ndarray, " sample"]
+
+    def pick(self, index: np.ndarray, discrepancy: float) -> Samples:
+        """The samples at the given places."""
+        single = jnp.float32
+        state = State(
+            *(
+                jnp.asarray(each)
+                for each in (self.gram[self.place[index]], self.projection[index], self.energy[index], self.n_images[index])
+            )
+        )
+        noise = Noise(jnp.asarray(self.sigma[index]), jnp.asarray(self.dof[index]), jnp.asarray(discrepancy))
+        return Samples(
+            state,
+            noise,
+            Gaussian(jnp.asarray(self.mean[index], single), jnp.asarray(self.root[index], single)),
+            jnp.asarray(self.is_known[index], single),
+        )
+
+
+def train(
+    scan: Scan,
+    mapped: Sequence[str],
+    out: Path,
+    settings: Settings,
+    recordings: Sequence[Recording] = (),
+    tell: Tell = lambda *_: None,
+) -> Trained:
+    """Train an encoder and write it to `out`.
+
+    Parameters
+    ----------
+    mapped
+        Names of the auxiliaries (`t1_s`, ..) that will come as maps.
+    recordings
+        Measured scans to fit, all with these maps.
+    """
+    tell("simulating pulses", 0, 1)
+    simulator = Simulator(scan, mapped, settings.seed)
+    basis = make_basis(simulator, np.random.default_rng([settings.seed, 1]))
+    with ThreadPoolExecutor(2) as pool:
+        simulated = simulate(simulator, basis, settings, pool, tell)
+        measured = joined([of_recording(simulator, basis, each, settings.seed) for each in recordings]) if recordings else None
+        encoder = optimise(simulator, basis, simulated, measured, out, settings, tell)
+        figures = calibration.calibrate(simulator, encoder, settings.seed, settings.n_calibration_scans, pool, tell)
+    about = {
+        "settings": asdict(settings),
+        "measured": [each.name for each in recordings],
+        "versions": versions(),
+        "calibration": figures,
+    }
+    trained = Trained(encoder, scan.name, physics_of(scan), simulator.mapped, about)
+    save(out, trained)
+    _checkpoint_path(out).unlink(missing_ok=True)
+    return trained
+
+
+def simulate(simulator: Simulator, basis: Basis, settings: Settings, pool: ThreadPoolExecutor, tell: Tell) -> Bank:
+    """Simulated scans of all sorts: noise, degrees of freedom, orders, other pulses, errors that the model does not know."""
+    banks = []
+    for number in range(settings.n_scans):
+        tell("simulating scans", number, settings.n_scans)
+        rng = np.random.default_rng([settings.seed, 2, number])
+        blocks = simulator.scan.schedule if number % 3 == 0 else simulator.random_order(rng)
+        misfit = rng.uniform(*MISFIT_RANGE) if number % 2 else 0.0
+        sigma, dof = (float(np.exp(rng.uniform(*np.log(span)))) for span in (SIGMA_RANGE, DOF_RANGE))
+        conditions = Conditions(blocks, sigma, dof, float(misfit), SPREADS[(number // 2) % len(SPREADS)])
+        banks.append(of_simulated(simulator, basis, conditions, settings.n_groups, rng, pool))
+    return joined(banks)
+
+
+def of_simulated(
+    simulator: Simulator, basis: Basis, conditions: Conditions, n_groups: int, rng: np.random.Generator, pool: ThreadPoolExecutor
+) -> Bank:
+    """Every voxel at every number of images of one simulated scan."""
+    expected = simulator.expected(conditions.blocks)
+    drawn = simulator.draw(rng, conditions, n_groups, expected)
+    known = simulator.references(drawn, conditions, expected, pool)
+    coefficients = simulator.coefficients(basis, expected, drawn.maps)
+    n_images, n_shared, size = coefficients.shape
+    n_voxels = drawn.signals.shape[1]
+    group = np.arange(n_voxels) * n_shared // n_voxels
+    gram = np.cumsum(coefficients[..., :, None] * coefficients[..., None, :], axis=0)
+    projection = np.cumsum(coefficients[:, group] * drawn.signals[..., None], axis=0)
+    count = np.broadcast_to(np.arange(1.0, n_images + 1)[:, None], drawn.signals.shape)
+    return Bank(
+        gram.reshape(-1, size, size),
+        (np.arange(n_images)[:, None] * n_shared + group).reshape(-1),
+        projection.reshape(-1, size),
+        np.cumsum(drawn.signals**2, axis=0).reshape(-1),
+        count.reshape(-1),
+        np.full(count.size, conditions.sigma),
+        np.full(count.size, conditions.dof),
+        np.asarray(known.mean).reshape(-1, 2),
+        np.asarray(known.root).reshape(-1, 3),
+        np.ones(count.size),
+    )
+
+
+def of_recording(simulator: Simulator, basis: Basis, recording: Recording, seed: int) -> Bank:
+    """Random subsets of a measured scan's images; prefixes among them."""
+    rng = np.random.default_rng([seed, 3])
+    voxels = np.sort(rng.permutation(recording.signals.shape[1])[:MOST_VOXELS_OF_RECORDING])
+    signals = recording.signals[:, voxels]
+    maps = {name: recording.maps[name][voxels] for name in simulator.mapped}
+    played = simulator.expected(recording.blocks)[list(recording.repetitions)]
+    coefficients = simulator.coefficients(basis, played, maps)
+    n_images, n_voxels = signals.shape
+    banks = []
+    for number in range(SUBSETS_PER_VOXEL):
+        count = int(rng.integers(3, n_images + 1))
+        chosen = np.arange(count) if number % 2 == 0 else np.sort(rng.permutation(n_images)[:count])
+        noise = recording.noise[count - 1]
+        part, seen = coefficients[chosen], signals[chosen]
+        gram = np.einsum("igm,ign->gmn", part, part)
+        projection = np.einsum("ivm,iv->vm", np.broadcast_to(part, (count, n_voxels, part.shape[-1])), seen)
+        place = np.arange(n_voxels) if len(gram) > 1 else np.zeros(n_voxels, int)
+        each = [np.full(n_voxels, float(value)) for value in (count, noise.sigma, noise.dof)]
+        nothing = np.zeros((n_voxels, 2)), np.tile([1.0, 0.0, 1.0], (n_voxels, 1)), np.zeros(n_voxels)
+        banks.append(Bank(gram, place, projection, np.sum(seen**2, axis=0), *each, *nothing))
+    return joined(banks)
+
+
+def joined(banks: Sequence[Bank]) -> Bank:
+    """Banks of one basis as one."""
+    offsets = np.cumsum([0, *(len(bank.gram) for bank in banks[:-1])])
+    moved = [bank._replace(place=bank.place + offset) for bank, offset in zip(banks, offsets, strict=True)]
+    return Bank(*(np.concatenate(parts) for parts in zip(*moved, strict=True)))
+
+
+def optimise(
+    simulator: Simulator, basis: Basis, simulated: Bank, measured: Bank | None, out: Path, settings: Settings, tell: Tell
+) -> Encoder:
+    """All steps, from the checkpoint beside `out` if there is one of the same run."""
+    encoder = encoders.make(jax.random.PRNGKey(settings.seed), basis, simulator.coordinate)
+    plan = encoders.plan(encoder)
+    rise = int(WARM_UP_SHARE * settings.n_steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate, rise, settings.n_steps, 0.01 * settings.learning_rate
+    )
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    state = optimiser.init(eqx.filter(encoder, training.trainable(encoder)))
+    weights = Weights(1.0, settings.lower_bound)
+    step = eqx.filter_jit(
+        lambda encoder, state, key, samples: training.step(encoder, state, optimiser, plan, key, samples, weights)
+    )
+    about = json.dumps(
+        {
+            "settings": asdict(settings),
+            "scan": physics_of(simulator.scan),
+            "measured": 0 if measured is None else len(measured.place),
+        }
+    )
+    done, encoder, state = _resumed(out, about, (encoder, state))
+    discrepancy = simulator.scan.noise.discrepancy
+    for number in range(done, settings.n_steps):
+        rng = np.random.default_rng([settings.seed, 4, number])
+        samples = _batch(rng, simulated, measured, settings, discrepancy)
+        encoder, state, losses = step(encoder, state, jax.random.fold_in(jax.random.PRNGKey(settings.seed), number), samples)
+        if number % 50 == 49:
+            tell(f"training, divergence {float(losses.moments):.3f}", number + 1, settings.n_steps)
+        if (number + 1) % STEPS_PER_CHECKPOINT == 0:
+            _checkpoint(out, about, number + 1, (encoder, state))
+    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(eqx.filter(encoder, eqx.is_inexact_array))):
+        raise ScansteerError("Training diverged: weights are not finite; train with another --seed.")
+    return encoder
+
+
+def versions() -> dict[str, str]:
+    """Versions that the weights depend on."""
+    from importlib import metadata
+
+    return {name: metadata.version(name) for name in ("scansteer", "jax", "jaxlib", "equinox", "optax", "numpy")}
+
+
+def settings_note() -> dict[str, Any]:
+    """The ranges that simulated scans are drawn from."""
+    return {"sigma": SIGMA_RANGE, "dof": DOF_RANGE, "misfit": MISFIT_RANGE, "spread": SPREADS, "extra_pulses": N_EXTRA_PULSES}
+
+
+def _batch(rng: np.random.Generator, simulated: Bank, measured: Bank | None, settings: Settings, discrepancy: float) -> Samples:
+    if measured is None:
+        return simulated.pick(rng.integers(len(simulated.place), size=settings.batch), discrepancy)
+    n_measured = int(settings.share_measured * settings.batch)
+    first = simulated.pick(rng.integers(len(simulated.place), size=settings.batch - n_measured), discrepancy)
+    second = measured.pick(rng.integers(len(measured.place), size=n_measured), discrepancy)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]) if a.ndim else a, first, second)
+
+
+def _checkpoint_path(out: Path) -> Path:
+    return out.with_name(out.name + CHECKPOINT_SUFFIX)
+
+
+def _checkpoint(out: Path, about: str, done: int, tree: Any) -> None:
+    """One line that says what it is, then the leaves; replaced whole or not at all."""
+    packed = io.BytesIO()
+    packed.write(json.dumps({"done": done, "run": about}).encode() + b"\n")
+    eqx.tree_serialise_leaves(packed, tree)
+    path = _checkpoint_path(out)
+    partial = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(packed.getvalue())
+        partial.replace(path)
+    except OSError as error:
+        raise ScansteerError(f"Cannot write checkpoint {path}: {error.strerror}.") from error
+
+
+def _resumed(out: Path, about: str, tree: tuple[Encoder, Any]) -> tuple[int, Encoder, Any]:
+    """Steps done, encoder and optimiser of a checkpoint of this very run; without one, the start."""
+    path = _checkpoint_path(out)
+    if path.is_file():
+        packed = io.BytesIO(path.read_bytes())
+        try:
+            header = json.loads(packed.readline())
+            if header["run"] == about:
+                return int(header["done"]), *eqx.tree_deserialise_leaves(packed, tree)
+        except (ValueError, KeyError, EOFError, RuntimeError):
+            pass  # a torn checkpoint, or one of another version: start again
+    return 0, *tree
