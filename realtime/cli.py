@@ -130,6 +130,39 @@ def bench(scan: ScanOption, out: Annotated[Path | None, typer.Option(metavar="FI
     _write_json(result, out)
 
 
+@app.command()
+def train(
+    scan: ScanOption,
+    out: Annotated[Path, typer.Option(metavar="ENCODER", help="File to write; NAME.encoder by custom.")],
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[SCAN.h5 ...]", help="Measured scans to fit, beside simulated ones.")] = None,
+    mapped: Annotated[str | None, typer.Option(metavar="t1,t2,..", help="Maps that will come with the scan; default: those of the files.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
+    steps: Annotated[int, typer.Option(min=10, help="Optimiser steps.")] = 3000,
+    roi: RoiOption = None,
+    map_: MapOption = None,
+) -> None:
+    """Train an encoder; an interrupted run goes on from its checkpoint."""
+    from scansteer.realtime.training import Settings, train_files
+
+    roles = tuple(_split(mapped)) if mapped is not None else None
+    train_files(_scan(scan), files or [], out, Settings(seed=seed, n_steps=steps), roles, roi, _pairs(map_, "--map"))
+
+
+@app.command()
+def evaluate(
+    file: Annotated[Path, typer.Argument(metavar="SCAN.h5", help="MRD file: HDF5 or stream.")],
+    scan: ScanOption,
+    out: Annotated[Path, typer.Option(metavar="FILE.json", help="Figures; a picture FILE.png beside it.")],
+    roi: RoiOption = None,
+    map_: MapOption = None,
+    encoder: EncoderOption = None,
+) -> None:
+    """Encoder against reference, image by image."""
+    from scansteer.realtime.evaluate import evaluate_file
+
+    evaluate_file(file, _scan(scan), out, encoder, roi, _pairs(map_, "--map"))
+
+
 @scans_app.command("list")
 def scans_list() -> None:
     """Names and descriptions of the built-in scans."""

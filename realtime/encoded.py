@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,13 +23,15 @@ from jaxtyping import Float
 from scansteer.core import agreement, gaussian_region, signal_basis, voxel_columns
 from scansteer.core import encoder as encoders
 from scansteer.core.encoder import Encoder, Gaussian, Plan, State
+from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info, Prior
 from scansteer.core.likelihood import Noise
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.signal_basis import Basis
 from scansteer.core.voxel_columns import Columns
+from scansteer.protocols import forward
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
-from scansteer.realtime.encoder_file import Trained, check
+from scansteer.realtime.encoder_file import Trained, check, load, shipped
 from scansteer.realtime.messages import Audit
 from scansteer.realtime.reference import Reference
 
@@ -46,7 +49,7 @@ MOST_VOXELS_OF_REFERENCE = 2048
 """Regions up to this size can be handed to the reference within seconds."""
 
 
-class _Auditor(Reference):
+class Auditor(Reference):
     """A reference that is told what signals to expect, so that one repetition is simulated once for all."""
 
     _told: jnp.ndarray | None = None
@@ -142,10 +145,10 @@ class Encoded:
             The weights belong to another scan, or were trained with other maps.
         """
         self.scan = scan
-        self._reference = _Auditor(scan, mapped)
-        axes = self._reference.model.axes
+        axes = (*forward.chain_axes(scan), *forward.tissue_axes(scan))
         self._mapped = tuple(axis.name for axis in axes if axis.name in mapped)
-        check(trained, scan, self._mapped)
+        check(trained, scan, self._mapped)  # before anything is compiled
+        self._reference = Auditor(scan, mapped)
         lower, upper = bounds(scan.readout.offset)
         columns = voxel_columns.make(axes, self._mapped, (0.5 * (lower + upper), (upper - lower) / 12**0.5))
         self._volume = Volume(trained.encoder, columns, scan.noise.discrepancy)
@@ -156,7 +159,8 @@ class Encoded:
         self._region: tuple[dict[str, np.ndarray], np.ndarray] | None = None
         self._audited = np.zeros(0, int)
         self._n_images = 0
-        self.source = "encoder"
+        self.source: Literal["reference", "encoder"] = "encoder"
+        self._sampled: Info | None = None
         self.audit: Audit | None = None
         self.said: str | None = None
         """What happened at the latest image that a person should know."""
@@ -192,8 +196,8 @@ class Encoded:
         answer = self._volume.absorb(np.asarray(expected), signal, noise)
         if self._history is not None:
             self._history.append((np.asarray(expected), signal, noise))
-        sampled = self._reference.learn(expected, signal[self._audited], noise)
-        self.audit = self._judge(answer.posterior, sampled)
+        self._sampled = self._reference.learn(expected, signal[self._audited], noise)
+        self.audit = self._judge(answer.posterior, self._sampled)
         apart = self._n_images >= FIRST_AUDITED and _disagree(self.audit)
         self.veto = None
         return self._hand_over(answer.info) if apart else answer.info
@@ -201,6 +205,18 @@ class Encoded:
     def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
         """Carry the magnetisation through one repetition without an image."""
         return self._reference.play(block, first=first)
+
+    @property
+    def auditor(self) -> Reference:
+        """The reference, whose running sums are those of the audited voxels."""
+        return self._reference
+
+    def for_advice(self, info: Info, regions: Sequence[np.ndarray]) -> tuple[Reference, Info, Sequence[np.ndarray]]:
+        """The audited voxels and their exact posteriors; a region without any is left out."""
+        if self.source == "reference" or self._sampled is None:
+            return self._reference, info, regions
+        inside = [np.flatnonzero(np.isin(self._audited, region)) for region in regions]
+        return self._reference, self._sampled, [each for each in inside if len(each)]
 
     def close(self) -> None:
         self._volume.close()
@@ -294,3 +310,24 @@ def _disagree(audit: Audit) -> bool:
 def _bounded(value: float | np.floating) -> float:
     """A distance that is not finite is as good as infinite: JSON knows neither."""
     return float(value) if np.isfinite(value) else 1e6
+
+
+def engine_maker(encoder: str | None) -> Callable[[Scan, list[str]], Reference | Encoded]:
+    """What computes a session's posteriors, by the command line's `--encoder`.
+
+    `none`: the reference. A file: that encoder, refused if it belongs to another scan or other maps. Nothing: the encoder that is shipped with
+    the scan if there is one for these maps, else the reference.
+    """
+
+    def make(scan: Scan, mapped: list[str]) -> Reference | Encoded:
+        if encoder == "none":
+            return Reference(scan, mapped)
+        if encoder is not None:
+            return Encoded(scan, mapped, load(Path(encoder)))
+        trained = shipped(scan)
+        try:
+            return Reference(scan, mapped) if trained is None else Encoded(scan, mapped, trained)
+        except InputError:
+            return Reference(scan, mapped)
+
+    return make

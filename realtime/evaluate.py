@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,14 @@ from scansteer.core import agreement, voxel_columns
 from scansteer.core.encoder import Gaussian
 from scansteer.core.errors import InputError, ScansteerError
 from scansteer.core.grid_posterior import Info
-from scansteer.protocols.scan import Scan
+from scansteer.protocols.scan import Scan, bounds
 from scansteer.realtime import calibration, encoder_file
-from scansteer.realtime.encoded import Answer, Volume, map_error
+from scansteer.realtime.encoded import Answer, Auditor, Volume, map_error
 from scansteer.realtime.encoder_file import Trained
 from scansteer.realtime.recording import Recording, read
 from scansteer.realtime.reference import Reference
 from scansteer.realtime.simulated import Simulator
+from scansteer.realtime.training import shown
 
 N_DRAWS = 200
 CHUNK = 256
@@ -90,7 +92,7 @@ def chosen(scan: Scan, encoder: str | None) -> Trained:
 
 def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
     """One row per image."""
-    reference = Reference(scan, list(recording.maps))
+    reference = Auditor(scan, list(recording.maps))
     volume = Volume(trained.encoder, columns_of(reference, trained), scan.noise.discrepancy, block=1024)
     errors = {name: map_error(scan, name, values) for name, values in recording.maps.items()}
     volume.begin(voxel_columns.of_voxels(volume.columns, recording.maps, errors), recording.signals.shape[1])
@@ -105,10 +107,8 @@ def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
         while played < repetition:
             reference.play(recording.blocks[played], first=played == 0)
             played += 1
-        before, block = reference._state, recording.blocks[repetition]
-        expected = reference.play(block, first=played == 0)
-        reference._state = before
-        info = reference.absorb(signal, noise, block, first=played == 0)
+        expected = reference.play(recording.blocks[repetition], first=played == 0)
+        info = reference.learn(expected, signal, noise)
         played += 1
         answer = volume.absorb(np.asarray(expected), signal, noise)
         distances = _distances(compare, jax.random.fold_in(jax.random.PRNGKey(seed), n), answer.posterior, info)
@@ -119,7 +119,7 @@ def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
 
 def columns_of(reference: Reference, trained: Trained) -> voxel_columns.Columns:
     """The columns of a reference's scan, with the maps that the encoder was trained for."""
-    lower, upper = _bounds(reference.scan)
+    lower, upper = bounds(reference.scan.readout.offset)
     return voxel_columns.make(reference.model.axes, trained.mapped, (0.5 * (lower + upper), (upper - lower) / 12**0.5))
 
 
@@ -175,12 +175,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _bounds(scan: Scan) -> tuple[float, float]:
-    from scansteer.protocols.scan import bounds
-
-    return bounds(scan.readout.offset)
-
-
 def _comparison(reference: Reference, trained: Trained):
     box, coordinate = reference.prior.box, trained.encoder.coordinate
 
@@ -227,3 +221,17 @@ def _mahalanobis(points: jax.Array, mean: jax.Array, covariance: jax.Array) -> j
     return jnp.sqrt(
         jnp.maximum((offset[..., 0] ** 2 - 2 * r * offset[..., 0] * offset[..., 1] + offset[..., 1] ** 2) / (1 - r**2), 0.0)
     )
+
+
+def evaluate_file(path: Path, scan: Scan, out: Path, encoder: str | None, roi: Path | None, maps: dict[str, str]) -> None:
+    """The command: figures into a JSON file, a picture beside it."""
+    with shown() as tell:
+        result = evaluate(path, scan, encoder, roi, maps, tell=tell)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ScansteerError(f"Cannot write {out}: {error.strerror}.") from error
+    plot(result, out.with_suffix(".png"))
+    worst = max(result["images"][2:] or result["images"], key=lambda each: max(each["m1_median"], each["m2_median"]))
+    print(f"Wrote {out}; the worst medians are {worst['m1_median']:.2f} and {worst['m2_median']:.2f}, at n = {worst['n']} (1.18 is a perfect match).")

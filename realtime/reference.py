@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from scansteer.core.nuisance import Measured
 from scansteer.core.signal import LongitudinalMap
 from scansteer.protocols import forward, tissue_model
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
+from scansteer.realtime.messages import Audit
 
 jax.config.update("jax_enable_x64", True)  # the physics and the running sums need it; core leaves the choice to its user
 
@@ -48,6 +49,14 @@ class Running(NamedTuple):
 
 class Reference:
     """The posterior of every voxel of a region, one image at a time."""
+
+    source: Literal["reference", "encoder"] = "reference"
+    """Which posterior decides. These four change where an encoder answers (realtime.encoded)."""
+    audit: Audit | None = None
+    said: str | None = None
+    """What happened at the latest image that a person should know."""
+    veto: str | None = None
+    """Why a stop is out of the question; none: nothing speaks against it."""
 
     def __init__(self, scan: Scan, mapped: Sequence[str], n_points: tuple[int, int] = forward.N_POINTS) -> None:
         """Compile and simulate the schedule: seconds.
@@ -161,6 +170,10 @@ class Reference:
         """Carry the magnetisation through one repetition, whether or not its image counts; the signals expected at every node."""
         self._state, expected = self._play(self.model.forward, self._reading, self._state, self._map_of(block, first=first))
         return jax.block_until_ready(expected)
+
+    def for_advice(self, info: Info, regions: Sequence[np.ndarray]) -> tuple[Reference, Info, Sequence[np.ndarray]]:
+        """Running sums to ask about the next pulse, the posterior that belongs to them, and each region's voxels therein."""
+        return self, info, regions
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)

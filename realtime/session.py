@@ -6,6 +6,7 @@ server -> session -> posterior -> stopping -> design -> Decision
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from scansteer.protocols.scan import SaturationBlock, Scan
 from scansteer.realtime import maps as map_files
 from scansteer.realtime import roi
 from scansteer.realtime.advisor import Advice, Advisor
+from scansteer.realtime.encoded import Encoded
 from scansteer.realtime.images import Frame, Geometry, check_usable
 from scansteer.realtime.messages import (
     Decision,
@@ -88,11 +90,19 @@ class Files(NamedTuple):
                 raise InputError(f"There is no file {file}.")
 
 
+MakeEngine = Callable[[Scan, list[str]], Reference | Encoded]
+
+
 class Session:
     """One scan of one subject."""
 
-    def __init__(self, setup: Setup, files: Files | None = None) -> None:
+    def __init__(self, setup: Setup, files: Files | None = None, make_engine: MakeEngine = Reference) -> None:
         """Compile everything and simulate the schedule: seconds.
+
+        Parameters
+        ----------
+        make_engine
+            What computes posteriors, from the scan and the names of the mapped auxiliaries: the reference, or an encoder that it audits.
 
         Raises
         ------
@@ -105,9 +115,9 @@ class Session:
         self._files = files or Files()
         mapped, self._opening_warnings = _usable_roles(setup.scan, [*setup.auxiliaries, *self._files.maps])
         self._roles = mapped
-        self._reference = Reference(self.scan, [AUXILIARIES[role] for role in mapped])
+        self._reference = make_engine(self.scan, [AUXILIARIES[role] for role in mapped])
         self._advisor = Advisor(self.scan)
-        self._advisor.rehearse(self._reference)
+        self._advisor.rehearse(self._reference.auditor if isinstance(self._reference, Encoded) else self._reference)
         targets = [parameter.target_halfwidth_relative for parameter in self.scan.parameters.values()]
         stop = self.scan.stop
         self._rule = stopping.Rule((targets[0], targets[1]), stop.fraction_converged, stop.n_min, stop.confirmations, stop.plateau_nat)
@@ -137,6 +147,7 @@ class Session:
         self._advisor.play(block)
         self._n_played += 1
         updated = time.perf_counter()
+        warnings += [self._reference.said] if self._reference.said else []
         decision = self._decide(frame.repetition, voxels, self._info, estimate, tuple(warnings))
         done = time.perf_counter()
         latency = Latency(
@@ -265,12 +276,13 @@ class Session:
         residual = info.nrmse.astype(float) ** 2 * np.sum(np.square(self._signals), axis=0)
         fit = lack_of_fit.check(residual, info.amplitude, estimate.sigma, self.scan.noise.discrepancy, n)
         veto = None if fit.passed else f"The model does not fit: residual variance {fit.statistic:.1f} x noise; continue the approved schedule."
+        veto = veto or self._reference.veto
         independent = self.scan.noise.effective_voxel_fraction
         progress = [
             stopping.Region(region.name, float(np.mean(converged[at])), independent * len(at))
             for region, at in zip(voxels.regions, voxels.places, strict=True)
         ]
-        advice = self._advisor.advise(self._reference, info, voxels.places, estimate, repetition)
+        advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), estimate, repetition)
         self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto, advice.remaining_gain)
         reports = tuple(
             self._report(region.name, info, at, halfwidth[at], float(np.mean(converged[at])))
@@ -288,8 +300,8 @@ class Session:
             regions=reports,
             next_pulse=None if verdict.stop else _suggestion(advice),
             lack_of_fit=LackOfFit(statistic=fit.statistic, passed=fit.passed),
-            posterior_source="reference",
-            audit=None,
+            posterior_source=self._reference.source,
+            audit=self._reference.audit,
             valid_until_repetition=repetition + 1,
             latency_ms=Latency(receive=0.0, update=0.0, decide=0.0, total=0.0),
             margin_ms=None,

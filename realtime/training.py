@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,18 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from scansteer.core import encoder as encoders
 from scansteer.core import training
 from scansteer.core.encoder import Encoder, Gaussian, State
-from scansteer.core.errors import ScansteerError
+from scansteer.core.errors import InputError, ScansteerError
 from scansteer.core.likelihood import Noise
 from scansteer.core.signal_basis import Basis
 from scansteer.core.training import Samples, Weights
 from scansteer.protocols.scan import Scan
 from scansteer.realtime import calibration
 from scansteer.realtime.encoder_file import Trained, physics_of, save
-from scansteer.realtime.recording import Recording
+from scansteer.realtime.recording import AUXILIARIES, Recording, read
 from scansteer.realtime.simulated import (
     DOF_RANGE,
     MISFIT_RANGE,
@@ -310,3 +314,56 @@ def _resumed(out: Path, about: str, tree: tuple[Encoder, Any]) -> tuple[int, Enc
         except (ValueError, KeyError, EOFError, RuntimeError):
             pass  # a torn checkpoint, or one of another version: start again
     return 0, *tree
+
+
+def train_files(
+    scan: Scan, files: Sequence[Path], out: Path, settings: Settings, roles: Sequence[str] | None, roi: Path | None, maps: dict[str, str]
+) -> None:
+    """The command: read the files, train with progress on the terminal, say what came out.
+
+    Parameters
+    ----------
+    roles
+        Maps (`t1`, ..) that will come with the scan; none: those that come with the files, which must agree.
+
+    Raises
+    ------
+    InputError
+        Unknown roles, or files that do not have these maps.
+    """
+    with shown() as tell:
+        recordings = []
+        for number, file in enumerate(files):
+            tell(f"reading {file.name}", number, len(files))
+            recording, warnings = read(file, scan, roi, maps)
+            recordings.append(recording)
+            for warning in warnings:
+                tell(f"warning: {warning}", number, len(files))
+        trained = train(scan, mapped_names(scan, roles, recordings), out, settings, recordings, tell)
+    last = trained.about["calibration"][-1]
+    print(f"Wrote {out}; of {last['draws']} simulated truths {last['coverage']['0.95']:.1%} lie in the 95 % region at n = {last['n']}.")
+
+
+def mapped_names(scan: Scan, roles: Sequence[str] | None, recordings: Sequence[Recording]) -> tuple[str, ...]:
+    """The scan's names of the auxiliaries that come as maps."""
+    if roles is not None:
+        unknown = [role for role in roles if role not in AUXILIARIES]
+        if unknown:
+            raise InputError(f"--mapped names {unknown[0]!r}; known maps are {', '.join(AUXILIARIES)}.")
+        names = {AUXILIARIES[role] for role in roles}
+    else:
+        names = set(recordings[0].maps) if recordings else set()
+    for recording in recordings:
+        missing = names - set(recording.maps)
+        if missing:
+            raise InputError(f"{recording.name} has no map of {sorted(missing)[0]}; give it with --map, or choose other maps with --mapped.")
+    return tuple(sorted(names))
+
+
+@contextmanager
+def shown() -> Iterator[Tell]:
+    """Progress on the terminal, as a function to be told of it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
