@@ -9,6 +9,7 @@ the built-in scans to 1e-4 of M0 (3e-4 for semisolids; rms). Coarser than the li
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import equinox as eqx
@@ -73,8 +74,7 @@ def columns(star: Star, maps: Mapping[str, Measured]) -> Float[np.ndarray, "mixt
     """The linear maps from signals at the star's nodes to the likelihood's columns, in the order of `nuisance.columns`."""
     mapped = {axis.name: maps[axis.name] for axis in star.axes if axis.name in maps}
     rows = [nuisance.columns((axis,), {name: known for name, known in mapped.items() if name == axis.name}) for axis in star.axes]
-    choices = np.stack([each.reshape(-1) for each in np.meshgrid(*(np.arange(len(each)) for each in rows), indexing="ij")], axis=1)
-    return np.stack([_star_columns(star, [rows[j][number] for j, number in enumerate(choice)]) for choice in choices])
+    return np.stack([_star_columns(star, list(choice)) for choice in product(*rows)])
 
 
 def response(read: spin.ReadoutMap, block: spin.LongitudinalMap, tissue: Int[Array, " node"]) -> Responses:
@@ -86,7 +86,7 @@ def response(read: spin.ReadoutMap, block: spin.LongitudinalMap, tissue: Int[Arr
 
 def together(each: Sequence[Responses]) -> Responses:
     """Candidates side by side."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-2), *each)
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves, axis=-2)), *each)  # XLA would compile this for a second
 
 
 def predict(coarse: Coarse, state: Magnetisation) -> Float[Array, "node candidate point"]:

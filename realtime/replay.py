@@ -89,14 +89,16 @@ class Remote:
         for role, frame in side.items():
             self._client.send_image(self._session_id, encode_frame(replace(frame, role=role)), role=role)  # type: ignore[arg-type]
         self._client.wait_ready(self._session_id)
-        self._client.subscribe(self._session_id)
+        self._seen = -1
 
     def decide(self, image: StoredImage) -> Decision:
+        self._client.subscribe(self._session_id, last_decision=self._seen)  # a controller that is not heard of is forgotten
         self._client.send_image(self._session_id, image.message)
         decision = self._client.next_decision(self.DECISION_TIMEOUT_S)
         if decision is None:
             raise InputError(f"The service gave no decision on repetition {image.frame.repetition} within {self.DECISION_TIMEOUT_S:g} s.")
         self._client.acknowledge(decision)
+        self._seen = decision.sequence_number
         return decision
 
     def maps(self) -> dict[str, np.ndarray]:

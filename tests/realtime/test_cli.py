@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import h5py
@@ -17,6 +18,9 @@ import pytest
 from scansteer.protocols.larg_phantom import PUBLISHED
 from scansteer.protocols.scan import Auxiliary, Scan, to_yaml
 from scansteer.realtime import cli
+from scansteer.realtime.config import ServeConfig
+from scansteer.realtime.server import Server
+from scansteer.realtime.session import Session
 from scansteer.simulators.phantom import Magnet, three_vials
 
 N = 4
@@ -157,6 +161,23 @@ def test_scan_files_make_the_round_trip(monkeypatch, capsys, tmp_path):
     assert "30 images" in out
     assert json.loads(run(monkeypatch, capsys, "scans", "show", "--schema")[1])["title"] == "Scan"
     assert "larg-phantom-9.4T" in run(monkeypatch, capsys, "scans", "list")[1]
+
+
+def test_replay_through_a_service_gives_the_same_answers(monkeypatch, capsys, folder, tmp_path):
+    config = ServeConfig(endpoint="tcp://127.0.0.1:*", publish_endpoint="tcp://127.0.0.1:*", data_dir=tmp_path / "sessions")
+    server = Server(config, Session)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        common = ("replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out")
+        assert run(monkeypatch, capsys, *common, tmp_path / "remote", "--connect", server.endpoint)[0] == 0
+    finally:
+        server.stop()
+        thread.join(30)
+        server.close()
+    assert run(monkeypatch, capsys, *common, tmp_path / "here")[0] == 0
+    remote, here = (nibabel.load(tmp_path / out / "maps" / "fs_map.nii.gz").get_fdata() for out in ("remote", "here"))
+    np.testing.assert_array_equal(remote, here)
 
 
 def test_the_installed_command_starts(tmp_path):
