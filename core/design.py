@@ -155,10 +155,11 @@ def answer(
     given = jax.lax.optimization_barrier(condition(question))
     draws = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (question.draw_weights, question.contrast))
     importance, counts = question.importance.astype(jnp.float32), counts.astype(jnp.float32)
+    read_rest = _read_few(rest, given)
     return Answer(
-        importance @ gain(candidates, given, *draws),
-        importance @ gain(rest[..., :1], given, *draws)[:, 0] * counts[0],
-        importance @ joint_gain(rest, counts, given, *draws),
+        importance @ gain(_read(candidates, given), given, *draws),
+        importance @ gain((read_rest[0][..., :1], [each[..., :1] for each in read_rest[1]]), given, *draws)[:, 0] * counts[0],
+        importance @ joint_gain(read_rest, counts, given, *draws),
     )
 
 
@@ -180,31 +181,28 @@ def condition(question: Question) -> Conditional:
     return Conditional(*(each.astype(jnp.float32) for each in (mean, root, variance)))
 
 
+Read = tuple[Float[Array, "voxel draw image"], list[Float[Array, "voxel draw image"]]]
+"""What images read on average, and how that varies with amplitude and each nuisance, in units of s."""
+
+
 def gain(
-    signals: Float[Array, "voxel draw node image"],
-    given: Conditional,
-    weights: Float[Array, "voxel draw"],
-    contrast: Float[Array, "voxel form draw"],
+    read: Read, given: Conditional, weights: Float[Array, "voxel draw"], contrast: Float[Array, "voxel form draw"]
 ) -> Float[Array, "voxel image"]:
     """Expected gain of each of several images, one instead of the other [nat]."""
-    mean, along = _read(signals, given)
+    mean, along = read
     blur = jnp.einsum("vk,vki->vi", given.variance * weights, 1 + sum(each**2 for each in along))
     spread = jnp.sum(jnp.einsum("vhk,vki->vhi", contrast, mean) ** 2, axis=1)
     return 0.5 * jnp.log1p(spread / blur)
 
 
 def joint_gain(
-    signals: Float[Array, "voxel draw node image"],
-    counts: Float[Array, " image"],
-    given: Conditional,
-    weights: Float[Array, "voxel draw"],
-    contrast: Float[Array, "voxel form draw"],
+    read: Read, counts: Float[Array, " image"], given: Conditional, weights: Float[Array, "voxel draw"], contrast: Float[Array, "voxel form draw"]
 ) -> Float[Array, " voxel"]:
     """Expected gain of several images together [nat]; those with counts 0 are left out.
 
     1/2 log det(1 + C^-1 Cov_d[m_d]) with C = Mean_d[s^2 (1 + X root_d root_d' X')]
     """
-    mean, along = _read(signals, given)
+    mean, along = read
     share = given.variance * weights
     varied = jnp.stack(along, axis=-1) * counts[:, None] * jnp.sqrt(share)[..., None, None]
     blur = jnp.einsum("vkie,vkje->vij", varied, varied) + jnp.sum(share, axis=1)[:, None, None] * jnp.eye(len(counts), dtype=varied.dtype)
@@ -213,17 +211,21 @@ def joint_gain(
     return 0.5 * jnp.linalg.slogdet(jnp.eye(half.shape[2], dtype=half.dtype) + jnp.einsum("vih,vig->vhg", half, half))[1]
 
 
-def _read(signals: Array, given: Conditional) -> tuple[Float[Array, "voxel draw image"], list[Float[Array, "voxel draw image"]]]:
-    """What is read on average, and how it varies with amplitude and each nuisance in units of s.
-
-    The loop over nodes is written out: eight times faster than a product of many small matrices.
-    """
+def _read(signals: Float[Array, "voxel draw node image"], given: Conditional) -> Read:
+    """Of many images: with the loop over nodes written out, eight times faster than a product of many small matrices."""
 
     def read(weights: Array) -> Array:
         n_nodes = signals.shape[2]
         return sum((signals[:, :, n] * weights[:, :, n, None] for n in range(n_nodes)), weights[:, :, n_nodes, None])
 
     return read(given.mean), [read(given.root[..., c]) for c in range(given.root.shape[-1])]
+
+
+def _read_few(signals: Float[Array, "voxel draw node image"], given: Conditional) -> Read:
+    """The same for few images: compiles in no time."""
+    both = jnp.concatenate([given.mean[..., None], given.root], axis=-1)
+    read = jnp.swapaxes(both[:, :, :-1], 2, 3) @ signals + both[:, :, -1, :, None]
+    return read[:, :, 0], [read[:, :, 1 + c] for c in range(given.root.shape[-1])]
 
 
 def barred(

@@ -192,4 +192,4 @@ def sampled(regions: Sequence[np.ndarray], values: Float[np.ndarray, "voxel 2"])
 
 
 def _stacked(trees: Sequence):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *trees)
