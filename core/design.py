@@ -95,17 +95,21 @@ class Quota(NamedTuple):
 
 def stratify(region: Int[np.ndarray, " voxel"], values: Float[np.ndarray, "voxel 2"], n: int) -> Int[np.ndarray, " sample"]:
     """`n` of the voxels of one region (indices into `values`), spread evenly over the first parameter and, within it, the second."""
-    if len(region) <= n:
-        return region
+    if len(region) <= n or n == 0:
+        return region[:n]
     strata = np.array_split(region[np.argsort(values[region, 0], kind="stable")], max(1, round(n**0.5)))
     ordered = np.concatenate([stratum[np.argsort(values[stratum, 1], kind="stable")] for stratum in strata])
     return ordered[((np.arange(n) + 0.5) * len(ordered) / n).astype(int)]
 
 
 def share_out(sizes: list[int], n: int) -> list[int]:
-    """`n` sampled voxels over regions: half of them equally, so that none starves, the rest by size; never more than a region has."""
+    """At most `n` sampled voxels over regions: half of them equally, so that none starves, the rest by size.
+
+    Never more than a region has; with more regions than `n` the last ones get none.
+    """
     equal, total = 0.5 * n / len(sizes), sum(sizes)
-    return [min(size, max(1, round(equal + 0.5 * n * size / total))) for size in sizes]
+    shares = [min(size, max(1, int(equal + 0.5 * n * size / total))) for size in sizes]
+    return [max(0, min(share, n - sum(shares[:number]))) for number, share in enumerate(shares)]
 
 
 def draw(

@@ -1,0 +1,163 @@
+"""What may be played next in a scan, and what it is expected to tell: candidates, limits and quota joined with their expected gains.
+
+The candidates are simulated once, at a few nuisance nodes and coarse points (`core.predictive`); any number of courses of the scan can then be
+followed: what was played, and the magnetisation that it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from scansteer.core import design, dictionary, nuisance, predictive
+from scansteer.core.design import Answer, Question, Quota
+from scansteer.core.dictionary import Magnetisation
+from scansteer.core.nuisance import Measured
+from scansteer.core.predictive import Coarse
+from scansteer.core.signal import LongitudinalMap
+from scansteer.protocols import candidates, forward, limits, tissue_model
+from scansteer.protocols.limits import Played
+from scansteer.protocols.scan import SaturationBlock, Scan, bounds
+
+MOST_AHEAD = 48
+"""Images of the schedule's rest that are looked ahead."""
+TIE = 0.1
+"""Candidates whose expected gain is less than this below the best one's are as good as the best: gains come from few draws."""
+
+Rows = tuple[np.ndarray, np.ndarray]
+"""As `design.rows` gives them."""
+
+
+class Advice(NamedTuple):
+    """What to play next, and what it is worth: expected loss of log confidence-region area, mean over the sampled voxels [nat]."""
+
+    block: SaturationBlock | None
+    """None: limits and quota leave no candidate."""
+    gain: float
+    scheduled_gain: float
+    """Of the schedule's next block; 0 at its end."""
+    remaining_gain: float
+    """Of the rest of the schedule together, at most `MOST_AHEAD` images: what stopping now would forgo."""
+
+
+class Course(NamedTuple):
+    """One course of the scan so far."""
+
+    magnetisation: Magnetisation
+    """At the coarse nodes and points, after the latest readout."""
+    played: tuple[Played, ...]
+    """Dummies included, back to back."""
+
+    @property
+    def end_s(self) -> float:
+        return self.played[-1].end_s if self.played else 0.0
+
+    @property
+    def blocks(self) -> list[SaturationBlock]:
+        return [one.block for one in self.played]
+
+
+class Prospect:
+    """The next pulse of a scan."""
+
+    def __init__(self, scan: Scan, quota: Quota | None = None) -> None:
+        """Compile and simulate the candidates and the schedule: seconds."""
+        self.scan = scan
+        self.quota = quota or Quota()
+        self.candidates = candidates.candidates(scan)
+        self._coordinates = candidates.coordinates(scan, self.candidates)
+        self._star, self._forward = forward.coarse(scan)
+        self._block_map = jax.jit(dictionary.block_map)
+        self._play = jax.jit(dictionary.play)
+        self._candidates_at = jax.jit(_candidates_at)
+        self._rest_at = jax.jit(_rest_at)
+        self._answer = jax.jit(design.answer)
+        self._coarse = self._simulated()
+        self._schedule = _stacked([self._map_of(block) for block in scan.schedule])
+        self._start = jax.jit(dictionary.start)(self._forward)
+        self._weights: dict[frozenset, np.ndarray] = {}
+
+    def begin(self) -> Course:
+        """Before the first image; dummies have been played."""
+        course = Course(self._start, ())
+        for _ in range(self.scan.first_state.n_dummies):
+            course = self.play(course, self.scan.schedule[0])
+        return course
+
+    def play(self, course: Course, block: SaturationBlock) -> Course:
+        """One more repetition. The first of all skips its recovery: the first state is that before its RF."""
+        begun = block if course.played else block.model_copy(update={"t_rec_s": 0.0})
+        left, _ = self._play(self._forward, self._coarse.read, course.magnetisation, self._map_of(begun))
+        return Course(left, (*course.played, Played(course.end_s, block)))
+
+    def allowed(self, course: Course) -> Bool[np.ndarray, " candidate"]:
+        """Candidates within limits and quota."""
+        latest = limits.blocks(course.blocks[-self.quota.window :])
+        barred = design.barred(self.quota, self._coordinates, candidates.coordinates(self.scan, latest))
+        return limits.allowed(self.scan.limits, self.scan.train, course.played, self.candidates) & ~barred
+
+    def columns(self, maps: dict[str, Measured]) -> Float[np.ndarray, "column node_"]:
+        """From the coarse nodes to the likelihood's columns; the middle component where nuisances are a mixture.
+
+        Parameters
+        ----------
+        maps
+            Where the likelihood is linearised in the mapped auxiliaries.
+        """
+        key = frozenset(maps.items())
+        if key not in self._weights:
+            columns = predictive.columns(self._star, maps)
+            lower, upper = bounds(self.scan.readout.offset)
+            self._weights[key] = nuisance.with_offset(columns, 0.5 * (lower + upper), (upper - lower) / 12**0.5)[len(columns) // 2]
+        return self._weights[key]
+
+    def answer(self, course: Course, question: Question, rows: Rows, next_repetition: int) -> Answer:
+        """Expected gains of all candidates, and of the schedule from `next_repetition` on."""
+        n_scheduled = len(self.scan.schedule)
+        ahead = next_repetition + np.arange(min(n_scheduled, MOST_AHEAD))
+        blocks = jax.tree.map(lambda leaf: leaf[np.minimum(ahead, n_scheduled - 1)], self._schedule)
+        candidates_at = self._candidates_at(self._coarse, course.magnetisation, rows)
+        rest_at = self._rest_at(self._coarse, course.magnetisation, blocks, rows)
+        return jax.block_until_ready(self._answer(question, candidates_at, rest_at, (ahead < n_scheduled).astype(float)))
+
+    def advise(self, course: Course, answer: Answer) -> Advice:
+        """The allowed candidate of the largest expected gain; of those as good, the one with the least RF energy.
+
+        The less RF, the less the reading depends on B1, offset and the pool model, and the more SAR is left for later. Also in
+        simulations an unsaturated image early on pays later, which a gain that looks one image ahead does not see.
+        """
+        gains = np.where(self.allowed(course), np.asarray(answer.candidates), -np.inf)
+        scheduled, remaining = float(answer.scheduled), float(answer.remaining)
+        if not np.isfinite(best := float(np.max(gains))):
+            return Advice(None, 0.0, scheduled, remaining)
+        energy = self.candidates.b1_ut**2 * self.candidates.t_sat_s
+        as_good = np.flatnonzero(gains >= (1 - TIE) * best)
+        chosen = as_good[np.lexsort((-gains[as_good], energy[as_good]))[0]]
+        return Advice(self.candidates.block(chosen), float(gains[chosen]), scheduled, remaining)
+
+    def _simulated(self) -> Coarse:
+        read = jax.jit(dictionary.reading)(self._forward)
+        respond = jax.jit(predictive.response)
+        chain, tissue = jax.tree.map(jnp.asarray, self._star.place)
+        each = [respond(read, self._map_of(self.candidates.block(index)), tissue) for index in range(len(self.candidates))]
+        return Coarse(self._forward, read, predictive.together(each), (chain, tissue))
+
+    def _map_of(self, block: SaturationBlock) -> LongitudinalMap:
+        return self._block_map(self._forward, tissue_model.saturation(self.scan, block))
+
+
+def _candidates_at(coarse: Coarse, state: Magnetisation, rows: Rows):
+    return predictive.at_draws(predictive.predict(coarse, state), rows)
+
+
+def _rest_at(coarse: Coarse, state: Magnetisation, blocks: LongitudinalMap, rows: Rows):
+    return predictive.at_draws(predictive.predict_ahead(coarse, state, blocks), rows)
+
+
+def _stacked(trees: Sequence):
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *trees)
