@@ -56,9 +56,14 @@ def upsample(values: Float[Array, "*lead point"], n_points: tuple[int, int]) -> 
 
 def upsampling(n_points: int, n_nodes: int = N_NODES) -> Float[np.ndarray, "point node"]:
     """From values at the simulated nodes of one parameter to its lattice points."""
+    return at_shares(np.linspace(0, 1, n_points) ** 2, n_nodes)
+
+
+def at_shares(shares: Float[np.ndarray, " place"], n_nodes: int = N_NODES) -> Float[np.ndarray, "place node"]:
+    """From values at the simulated nodes of one parameter to any places, 0 .. 1 over its side of the box."""
     cheb = np.polynomial.chebyshev
     basis = np.linalg.inv(cheb.chebvander(_nodes(n_nodes), n_nodes - 1))
-    return cheb.chebvander(np.linspace(-1, 1, n_points), n_nodes - 1) @ basis
+    return cheb.chebvander(2 * np.sqrt(shares) - 1, n_nodes - 1) @ basis
 
 
 def _nodes(n_nodes: int) -> Float[np.ndarray, " node"]:

@@ -1,7 +1,7 @@
 """What each candidate pulse would read next, at a few nuisance nodes and coarse points over the box of (f, k).
 
 A pulse acts on the magnetisation that the latest readout left by an affine map, computed once per candidate before the scan; only
-the magnetisation changes from image to image. Nuisances are a star: all at their centre, and each in turn at two nodes beside it
+the magnetisation changes from image to image. Nuisances are a star: all at their centre, and each in turn at nodes beside it
 with the others at their centre, so that their number adds and does not multiply. Over the points a polynomial meets the signals of
 the built-in scans to 1e-4 of M0 (3e-4 for semisolids; rms). Coarser than the likelihood's nodes, and enough to choose by.
 """
@@ -28,7 +28,7 @@ N_POINTS = 10
 
 
 class Star(NamedTuple):
-    """The nuisance nodes: node 0 is the centre, then the lower and the upper node of each axis."""
+    """The nuisance nodes: node 0 is the centre, then the other nodes of each axis from lower to upper."""
 
     axes: tuple[Axis, ...]
     """Chain axes first, as everywhere."""
@@ -61,20 +61,25 @@ class Coarse(eqx.Module):
     """As in `Star`."""
 
 
-def star(chain_axes: Sequence[Axis], tissue_axes: Sequence[Axis]) -> Star:
-    """Three nodes per axis."""
-    chain, tissue = (tuple(axis._replace(n_nodes=3) for axis in axes) for axes in (chain_axes, tissue_axes))
-    n_chain, n_tissue = 2 * len(chain), 2 * len(tissue)
-    of_chain = np.concatenate([np.arange(n_chain + 1), np.zeros(n_tissue, int)])
-    of_tissue = np.concatenate([np.zeros(n_chain + 1, int), np.arange(1, n_tissue + 1)])
-    return Star((*chain, *tissue), _star_values(chain), _star_values(tissue), (of_chain, of_tissue))
+def star(chain_axes: Sequence[Axis], tissue_axes: Sequence[Axis], at_most: int = 3) -> Star:
+    """An odd number of nodes per axis, as many as it asks for but not more than `at_most`."""
+
+    def odd(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+        return tuple(axis._replace(n_nodes=min(at_most, axis.n_nodes + 1 - axis.n_nodes % 2)) for axis in axes)
+
+    chain, tissue = odd(chain_axes), odd(tissue_axes)
+    chain_values, tissue_values = _star_values(chain), _star_values(tissue)
+    n_chain, n_tissue = len(chain_values), len(tissue_values)
+    of_chain = np.concatenate([np.arange(n_chain), np.zeros(n_tissue - 1, int)])
+    of_tissue = np.concatenate([np.zeros(n_chain, int), np.arange(1, n_tissue)])
+    return Star((*chain, *tissue), chain_values, tissue_values, (of_chain, of_tissue))
 
 
 def columns(star: Star, maps: Mapping[str, Measured]) -> Float[np.ndarray, "mixture column node"]:
     """The linear maps from signals at the star's nodes to the likelihood's columns, in the order of `nuisance.columns`."""
-    mapped = {axis.name: maps[axis.name] for axis in star.axes if axis.name in maps}
-    rows = [nuisance.columns((axis,), {name: known for name, known in mapped.items() if name == axis.name}) for axis in star.axes]
-    return np.stack([_star_columns(star, list(choice)) for choice in product(*rows)])
+    rows = [nuisance.columns((axis,), {name: known for name, known in maps.items() if name == axis.name}) for axis in star.axes]
+    choices = product(*(range(len(each)) for each in rows))
+    return np.stack([_star_columns(star, [rows[j][number] for j, number in enumerate(choice)]) for choice in choices])
 
 
 def response(read: spin.ReadoutMap, block: spin.LongitudinalMap, tissue: Int[Array, " node"]) -> Responses:
@@ -118,21 +123,27 @@ def at_draws(
 
 
 def _star_values(axes: Sequence[Axis]) -> np.ndarray:
+    """Values of all axes: at the centre, then axis by axis at the nodes beside it."""
     values = [axis.node_values() for axis in axes]
-    rows = np.repeat([[each[1] for each in values]], 2 * len(axes) + 1, axis=0)
+    centre = np.array([each[len(each) // 2] for each in values])
+    rows = [centre]
     for j, each in enumerate(values):
-        rows[1 + 2 * j, j], rows[2 + 2 * j, j] = each[0], each[2]
-    return rows
+        for value in np.delete(each, len(each) // 2):
+            rows.append(np.where(np.arange(len(axes)) == j, value, centre))
+    return np.stack(rows)
 
 
 def _star_columns(star: Star, rows: Sequence[np.ndarray]) -> np.ndarray:
-    """From each axis's rows over its own three nodes: the mean adds up, the others stand as they are."""
+    """From each axis's rows (value, slope) over its own nodes: values add up about the centre, slopes stand as they are."""
     mean = np.zeros(star.n_nodes)
     mean[0] = 1.0
-    made = []
-    for j, own in enumerate(rows):
+    made, first = [], 1
+    for own in rows:
+        n = own.shape[1]
         spread = np.zeros((len(own), star.n_nodes))
-        spread[:, [1 + 2 * j, 0, 2 + 2 * j]] = own
+        spread[:, 0] = own[:, n // 2]
+        spread[:, first : first + n - 1] = np.delete(own, n // 2, axis=1)
+        first += n - 1
         mean += spread[0]
         mean[0] -= 1.0
         made.extend(spread[1:])

@@ -42,11 +42,11 @@ def model(scan: Scan, n_points: tuple[int, int] = N_POINTS) -> Model:
     return Model(chain, tissue, forward, prior)
 
 
-def coarse(scan: Scan) -> tuple[predictive.Star, Forward]:
-    """The star of nuisance nodes and the coarse points at which candidates for the next pulse are simulated."""
-    star = predictive.star(chain_axes(scan), tissue_axes(scan))
+def coarse(scan: Scan, at_most: int = 3, n_points: int = predictive.N_POINTS) -> tuple[predictive.Star, Forward]:
+    """The star of nuisance nodes (at most so many per axis) and the coarse points at which candidates are simulated."""
+    star = predictive.star(chain_axes(scan), tissue_axes(scan), at_most)
     n_chain = star.chain.shape[1]
-    return star, simulated(scan, (star.axes[:n_chain], star.chain), (star.axes[n_chain:], star.tissue), predictive.N_POINTS)
+    return star, simulated(scan, (star.axes[:n_chain], star.chain), (star.axes[n_chain:], star.tissue), n_points)
 
 
 Nodes = tuple[Sequence[Axis], np.ndarray]

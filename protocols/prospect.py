@@ -29,6 +29,8 @@ MOST_AHEAD = 48
 TIE = 0.1
 """Candidates whose expected gain is less than this below the best one's are as good as the best: gains come from few draws."""
 
+_MOST_KNOWN = 1024  # maps kept: an adaptive scan without end must not fill the memory
+
 Rows = tuple[np.ndarray, np.ndarray]
 """As `design.rows` gives them."""
 
@@ -76,11 +78,14 @@ class Prospect:
         self._play = jax.jit(dictionary.play)
         self._candidates_at = jax.jit(_candidates_at)
         self._rest_at = jax.jit(_rest_at)
+        self._predict = jax.jit(predictive.predict)
+        self._predict_ahead = jax.jit(predictive.predict_ahead)
         self._answer = jax.jit(design.answer)
         self._coarse = self._simulated()
         self._schedule = _stacked([self._map_of(block) for block in scan.schedule])
         self._start = jax.jit(dictionary.start)(self._forward)
         self._weights: dict[frozenset, np.ndarray] = {}
+        self._maps: dict[SaturationBlock, LongitudinalMap] = {}
 
     def begin(self) -> Course:
         """Before the first image; dummies have been played."""
@@ -92,7 +97,7 @@ class Prospect:
     def play(self, course: Course, block: SaturationBlock) -> Course:
         """One more repetition. The first of all skips its recovery: the first state is that before its RF."""
         begun = block if course.played else block.model_copy(update={"t_rec_s": 0.0})
-        left, _ = self._play(self._forward, self._coarse.read, course.magnetisation, self._map_of(begun))
+        left, _ = self._play(self._forward, self._coarse.read, course.magnetisation, self._known_map_of(begun))
         return Course(left, (*course.played, Played(course.end_s, block)))
 
     def allowed(self, course: Course) -> Bool[np.ndarray, " candidate"]:
@@ -100,6 +105,23 @@ class Prospect:
         latest = limits.blocks(course.blocks[-self.quota.window :])
         barred = design.barred(self.quota, self._coordinates, candidates.coordinates(self.scan, latest))
         return limits.allowed(self.scan.limits, self.scan.train, course.played, self.candidates) & ~barred
+
+    def may_follow(self, course: Course, block: SaturationBlock) -> bool:
+        """Whether any block, a candidate or not, keeps limits and quota."""
+        one = limits.blocks([block])
+        latest = candidates.coordinates(self.scan, limits.blocks(course.blocks[-self.quota.window :]))
+        barred = design.barred(self.quota, candidates.coordinates(self.scan, one), latest)
+        return bool(limits.allowed(self.scan.limits, self.scan.train, course.played, one)[0] and not barred[0])
+
+    def read_candidates(self, course: Course) -> Float[np.ndarray, "node candidate point"]:
+        """What each candidate would read next per unit amplitude, at the coarse nodes and points."""
+        return np.asarray(self._predict(self._coarse, course.magnetisation))
+
+    def read(self, course: Course, block: SaturationBlock) -> Float[np.ndarray, "node 1 point"]:
+        """What any block would read next."""
+        begun = block if course.played else block.model_copy(update={"t_rec_s": 0.0})
+        one = jax.tree.map(lambda leaf: leaf[None], self._known_map_of(begun))
+        return np.asarray(self._predict_ahead(self._coarse, course.magnetisation, one))
 
     def columns(self, maps: dict[str, Measured]) -> Float[np.ndarray, "column node_"]:
         """From the coarse nodes to the likelihood's columns; the middle component where nuisances are a mixture.
@@ -149,6 +171,13 @@ class Prospect:
 
     def _map_of(self, block: SaturationBlock) -> LongitudinalMap:
         return self._block_map(self._forward, tissue_model.saturation(self.scan, block))
+
+    def _known_map_of(self, block: SaturationBlock) -> LongitudinalMap:
+        if block not in self._maps:
+            if len(self._maps) >= _MOST_KNOWN:
+                self._maps.pop(next(iter(self._maps)))
+            self._maps[block] = self._map_of(block)
+        return self._maps[block]
 
 
 def _candidates_at(coarse: Coarse, state: Magnetisation, rows: Rows):

@@ -1,0 +1,191 @@
+"""Posteriors of many small scenes at once: what a session does, without its messages, for closed-loop studies.
+
+The same core functions on the same lattice; where nothing is mapped, the nuisance nodes are the star of `core.predictive`, which gives the same
+columns as the session's tensor grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from scansteer.core import design, dictionary, grid_posterior, lattice, likelihood, nuisance, predictive, region
+from scansteer.core.design import Question
+from scansteer.core.dictionary import Magnetisation
+from scansteer.core.grid_posterior import Info, Prior
+from scansteer.core.likelihood import Noise, Sums
+from scansteer.core.noise import NoiseEstimate
+from scansteer.core.nuisance import Measured
+from scansteer.core.signal import LongitudinalMap
+from scansteer.protocols import forward, tissue_model
+from scansteer.protocols.prospect import Prospect, Rows
+from scansteer.protocols.scan import SaturationBlock, Scan, bounds
+
+jax.config.update("jax_enable_x64", True)  # the physics and the running sums need it; core leaves the choice to its user
+
+N_FINE = 96
+"""Cells per side on which a truth's place in its posterior is looked up."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """One scene so far; voxels are blocks of one where maps tell them apart, else one block."""
+
+    state: Magnetisation
+    sums: tuple[Sums, ...]
+    weights: tuple[Array, ...]
+    measured: tuple[dict[str, Measured], ...]
+    n_images: int = 0
+
+
+class Place(NamedTuple):
+    """Where a voxel's truth lies in its posterior."""
+
+    credibility: Float[np.ndarray, " voxel"]
+    """Mass of what is more probable: the truth is inside the 95 % region below 0.95."""
+    log_ratio: Float[np.ndarray, " voxel"]
+    """Log of posterior over prior; the anytime region holds the truth above log 0.05."""
+
+
+class Follower:
+    """Follows scenes of one scan; everything is compiled for one number of voxels per scene."""
+
+    def __init__(self, scan: Scan, mapped: tuple[str, ...]) -> None:
+        self.scan = scan
+        self.mapped = mapped
+        self.prior: Prior = forward.model(scan).prior
+        if mapped:
+            model = forward.model(scan)
+            self._forward, self._axes, self._star = model.forward, model.axes, None
+        else:
+            self._star, self._forward = forward.coarse(scan, at_most=99, n_points=lattice.N_NODES)
+            self._axes = self._star.axes
+        self._reading = jax.jit(dictionary.reading)(self._forward)
+        self._block_map = jax.jit(dictionary.block_map)
+        self._start = jax.jit(dictionary.start)(self._forward)
+        self._play, self._step, self._place = jax.jit(_play), jax.jit(_step), jax.jit(_place)
+        self._maps: dict[SaturationBlock, LongitudinalMap] = {}
+        lower, upper = bounds(scan.readout.offset)
+        self._offset = (0.5 * (lower + upper), (upper - lower) / math.sqrt(12))
+
+    def begin(self, maps: dict[str, np.ndarray], n_voxels: int) -> Followed:
+        """Before the first image; dummies have been played."""
+        if self.mapped:
+            measured = tuple({name: self._measured(name, maps[name][voxel]) for name in self.mapped} for voxel in range(n_voxels))
+        else:
+            measured = ({},)
+        weights = tuple(jnp.asarray(self._columns(each)) for each in measured)
+        n_mixture, n_columns, _ = weights[0].shape
+        empty = likelihood.init(n_voxels // len(measured), n_mixture, n_columns, self.prior.box.n_cells)
+        followed = Followed(self._start, (empty,) * len(measured), weights, measured)
+        for _ in range(self.scan.first_state.n_dummies):
+            followed = replace(followed, state=self._played(followed, self.scan.schedule[0], first=False)[0])
+        return followed
+
+    def absorb(self, followed: Followed, block: SaturationBlock, signal: np.ndarray, noise: NoiseEstimate) -> tuple[Followed, Info]:
+        """Play a block and absorb the image it led to."""
+        first = followed.n_images == 0 and not self.scan.first_state.n_dummies
+        state, expected = self._played(followed, block, first=first)
+        known = Noise(jnp.asarray(noise.sigma), jnp.asarray(noise.dof), jnp.asarray(self.scan.noise.discrepancy))
+        parts = np.split(np.asarray(signal, float), len(followed.sums))
+        steps = [
+            self._step(sums, weights, expected, part, known, self.prior)
+            for sums, weights, part in zip(followed.sums, followed.weights, parts, strict=True)
+        ]
+        info = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(info for _, info in steps))
+        return replace(followed, state=state, sums=tuple(sums for sums, _ in steps), n_images=followed.n_images + 1), info
+
+    def question(self, followed: Followed, info: Info, prospect: Prospect, sigma: float) -> tuple[Question, Rows]:
+        """What the prospect is asked: all voxels count the same."""
+        summary, box = info.summary, self.prior.box
+        seed = design.seed_of(self.scan.name, followed.n_images - 1)
+        drawn = design.draw(info.log_posterior, summary.mean, summary.covariance, box, seed)
+        gram, projection = self._running(followed, drawn.cells)
+        n_voxels, n_columns = len(drawn.cells), gram.shape[-1]
+        each = n_voxels // len(followed.measured)
+        question = Question(
+            weights=np.repeat(np.stack([prospect.columns(maps) for maps in followed.measured]), each, axis=0),
+            gram=gram,
+            projection=projection,
+            shift=np.zeros((n_voxels, n_columns - 1)),
+            draw_weights=drawn.weights,
+            contrast=drawn.contrast,
+            importance=np.full(n_voxels, 1 / n_voxels),
+            variance=jnp.asarray(sigma**2),
+            discrepancy=jnp.asarray(self.scan.noise.discrepancy**2),
+        )
+        return question, design.rows(drawn.cells, box.n_points)
+
+    def place(self, info: Info, truth: Float[np.ndarray, "voxel 2"]) -> Place:
+        """Where truths lie."""
+        return Place(*map(np.asarray, self._place(info, jnp.asarray(truth, jnp.float64), self.prior)))
+
+    def _played(self, followed: Followed, block: SaturationBlock, *, first: bool) -> tuple[Magnetisation, Array]:
+        played = block.model_copy(update={"t_rec_s": 0.0}) if first else block
+        if played not in self._maps:
+            self._maps[played] = self._block_map(self._forward, tissue_model.saturation(self.scan, played))
+        place = None if self._star is None else tuple(map(jnp.asarray, self._star.place))
+        return self._play(self._forward, self._reading, followed.state, self._maps[played], place)
+
+    def _columns(self, measured: dict[str, Measured]) -> np.ndarray:
+        columns = nuisance.columns(self._axes, measured) if self._star is None else predictive.columns(self._star, measured)
+        return nuisance.with_offset(columns, *self._offset)
+
+    def _measured(self, name: str, value: float) -> Measured:
+        described = self.scan.auxiliaries[name]  # type: ignore[index]
+        floor = 1e-3 * (described.upper - described.lower)
+        return Measured(float(value), max(float(np.hypot(described.map_error, described.map_error_relative * value)), floor))
+
+    def _running(self, followed: Followed, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        n = followed.sums[0].projection.shape[0]
+        pair = np.zeros((n, n), int)
+        pair[np.triu_indices(n)] = np.arange(n * (n + 1) // 2)
+        pair = np.maximum(pair, pair.T)
+        size = len(cells) // len(followed.sums)
+        gram, projection = [], []
+        for voxel, at in enumerate(cells):
+            sums = followed.sums[voxel // size]
+            gram.append(np.asarray(sums.gram)[:, 0, at, 0][pair])
+            projection.append(np.asarray(sums.projection)[:, 0, at, voxel % size])
+        return np.moveaxis(np.stack(gram), -1, 1), np.moveaxis(np.stack(projection), -1, 1)
+
+
+def _play(model, reading, state, block, place):
+    state, signals = dictionary.play(model, reading, state, block)
+    if place is None:
+        return state, signals
+    chain, tissue = place
+    return state, jnp.concatenate([signals[chain * state.mz.shape[2] + tissue], signals[-1:]])
+
+
+def _step(sums: Sums, weights, expected, signal, noise: Noise, prior: Prior) -> tuple[Sums, Info]:
+    sums = likelihood.update(sums, grid_posterior.expected_columns(weights, expected, prior.box), signal)
+    return sums, grid_posterior.infer(sums, noise, prior)
+
+
+def _place(info: Info, truth: Float[Array, "voxel 2"], prior: Prior) -> tuple[Array, Array]:
+    """By a fine grid over five standard deviations either way, on which the log posterior is interpolated."""
+    box, summary = prior.box, info.summary
+    posterior = info.log_posterior.reshape(-1, *box.n_points)
+    share = (jnp.arange(N_FINE) + 0.5) / N_FINE
+    positions, at, areas, log_prior = [], [], [], jnp.zeros(len(truth))
+    for axis in (0, 1):
+        sd = jnp.sqrt(summary.covariance[:, axis, axis])
+        ends = [box.position(axis, summary.mean[:, axis] + way * 5 * sd) for way in (-1, 1)]
+        positions.append(ends[0][:, None] + (ends[1] - ends[0])[:, None] * share)
+        areas.append(box.slope(axis, positions[axis]) * ((ends[1] - ends[0]) / N_FINE)[:, None])
+        at.append(box.position(axis, truth[:, axis])[:, None])
+        log_prior = log_prior + jnp.interp(at[axis][:, 0], jnp.arange(box.n_points[axis]), prior.log_density[axis])
+    fine = region.interpolate(posterior, (positions[0], positions[1]))
+    there = region.interpolate(posterior, (at[0], at[1]))[:, 0, 0]
+    top = jnp.max(fine, axis=(1, 2))
+    mass = jnp.exp(fine - top[:, None, None]) * areas[0][:, :, None] * areas[1][:, None]
+    total = jnp.sum(mass, axis=(1, 2))
+    above = jnp.sum(jnp.where(fine > there[:, None, None], mass, 0.0), axis=(1, 2))
+    return above / total, there - top - jnp.log(total) - log_prior

@@ -1,0 +1,177 @@
+"""Fixed schedules to compare with: as published, random, and optimised beforehand.
+
+An optimised schedule is Bayesian D-optimal: it minimises the log area of the confidence region, expected over draws of (f, k) and mean over its
+first images, with the same candidates, limits, quota and nuisances as the adaptive choice. Per draw the images so far are a Fisher information of
+(f, k), log amplitude and the nuisances' coefficients (whose priors have variance 1); the area is that of (f, k) with the others marginalised.
+Greedy from image to image, then improved by exchanges; the best of several random starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from scansteer.core import lattice, predictive
+from scansteer.protocols import limits
+from scansteer.protocols.prospect import Course, Prospect
+from scansteer.protocols.scan import SaturationBlock, Scan
+
+N_RESTARTS = 10
+N_EXCHANGES = 60
+"""Exchanges tried per start."""
+HORIZON = 16
+"""Images over which the area is optimised."""
+
+
+def unsaturated(scan: Scan) -> SaturationBlock:
+    """The unsaturated image that every schedule may play: in the time of the schedule's first block."""
+    return scan.schedule[0].model_copy(update={"b1_ut": 0.0})
+
+
+def published(scan: Scan) -> list[SaturationBlock]:
+    """An unsaturated image, then the scan's own schedule."""
+    return [unsaturated(scan), *scan.schedule]
+
+
+def random(prospect: Prospect, n_images: int, rng: np.random.Generator) -> list[SaturationBlock]:
+    """An unsaturated image, then candidates at random, within limits and quota."""
+    course = prospect.play(prospect.begin(), unsaturated(prospect.scan))
+    while len(course.played) < n_images:
+        course = prospect.play(course, prospect.candidates.block(int(rng.choice(np.flatnonzero(prospect.allowed(course))))))
+    return course.blocks
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Tissues that a schedule is optimised for."""
+
+    rows: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """From the coarse points to the value at each draw, and to its derivatives by f and k, each times the width of the box."""
+    weights: Float[np.ndarray, "column node_"]
+    """From the star's nodes, and one that reads 1, to mean signal and nuisance columns."""
+    prior_precision: float
+    """Of f and k in units of the box."""
+    noise: float
+    """Standard deviation of one image, discrepancy included [fraction of M0]."""
+
+
+def draws_at(prospect: Prospect, shares: Float[np.ndarray, "draw 2"], noise: float, prior_precision: float = 12.0) -> Draws:
+    """Draws at places in the box of (f, k), each 0 .. 1 over its side, nuisances at the centre of their ranges."""
+    value, slope = zip(*(_along(share) for share in np.clip(shares, 0.005, 0.995).T), strict=True)
+    outer = lambda f, k: (f[:, :, None] * k[:, None, :]).reshape(len(f), -1)  # noqa: E731
+    rows = outer(value[0], value[1]), outer(slope[0], value[1]), outer(value[0], slope[1])
+    total = np.hypot(noise, prospect.scan.noise.discrepancy)
+    return Draws(rows, np.asarray(prospect.columns({})), prior_precision, float(total))
+
+
+def optimise(
+    prospect: Prospect,
+    draws: Draws,
+    n_images: int,
+    rng: np.random.Generator,
+    n_restarts: int = N_RESTARTS,
+    progress: Callable[[], None] | None = None,
+) -> list[SaturationBlock]:
+    """The best schedule of several starts, the first one greedy throughout, the others with random first images.
+
+    Parameters
+    ----------
+    progress
+        Called after every start.
+    """
+    best: tuple[float, list[SaturationBlock]] = (np.inf, [])
+    for restart in range(n_restarts):
+        first = [] if restart == 0 else random(prospect, 1 + int(rng.integers(1, 4)), rng)[int(rng.integers(0, 2)) :]
+        schedule = _greedy(prospect, draws, first, HORIZON)
+        value, schedule = _exchanged(prospect, draws, schedule, rng)
+        if value < best[0]:
+            best = value, schedule
+        if progress is not None:
+            progress()
+    return _greedy(prospect, draws, best[1], n_images)
+
+
+def expected_log_areas(prospect: Prospect, draws: Draws, schedule: Sequence[SaturationBlock]) -> Float[np.ndarray, " image"]:
+    """Expected log area after each image of a schedule, up to a constant [nat]."""
+    course, information, areas = prospect.begin(), _prior(draws), []
+    for block in schedule:
+        x = _columns(prospect.read(course, block), draws)[:, 0]
+        information = information + x[:, :, None] * x[:, None, :]
+        areas.append(_log_area(information))
+        course = prospect.play(course, block)
+    return np.array(areas)
+
+
+def _greedy(prospect: Prospect, draws: Draws, first: Sequence[SaturationBlock], n_images: int) -> list[SaturationBlock]:
+    """Given first images, then at each image the candidate that is expected to take most off the log area."""
+    course, information = prospect.begin(), _prior(draws)
+    for number in range(n_images):
+        if number < len(first):
+            block = first[number]
+        else:
+            gains = _gains(_columns(prospect.read_candidates(course), draws), information)
+            block = prospect.candidates.block(int(np.argmax(np.where(prospect.allowed(course), gains, -np.inf))))
+        x = _columns(prospect.read(course, block), draws)[:, 0]
+        information = information + x[:, :, None] * x[:, None, :]
+        course = prospect.play(course, block)
+    return course.blocks
+
+
+def _exchanged(prospect: Prospect, draws: Draws, schedule: list[SaturationBlock], rng: np.random.Generator) -> tuple[float, list[SaturationBlock]]:
+    """Replace one image, or let two change places, wherever that helps and limits and quota allow it."""
+    value = float(np.mean(expected_log_areas(prospect, draws, schedule)))
+    for _ in range(N_EXCHANGES):
+        tried, place = list(schedule), int(rng.integers(len(schedule)))
+        if rng.random() < 0.3:
+            other = int(rng.integers(len(schedule)))
+            tried[place], tried[other] = tried[other], tried[place]
+        else:
+            tried[place] = prospect.candidates.block(int(rng.integers(len(prospect.candidates))))
+        if not _keeps_limits(prospect, tried):
+            continue
+        new = float(np.mean(expected_log_areas(prospect, draws, tried)))
+        if new < value:
+            value, schedule = new, tried
+    return value, schedule
+
+
+def _keeps_limits(prospect: Prospect, schedule: Sequence[SaturationBlock]) -> bool:
+    played = limits.back_to_back(schedule)
+    return all(prospect.may_follow(Course(prospect.begin().magnetisation, tuple(played[:n])), block) for n, block in enumerate(schedule))
+
+
+def _along(shares: Float[np.ndarray, " draw"]) -> tuple[np.ndarray, np.ndarray]:
+    """Interpolation from the coarse points along one side of the box, and its derivative by the share."""
+    step = 1e-3
+    low, high = (lattice.at_shares(shares + way * step, predictive.N_POINTS) for way in (-1, 1))
+    return lattice.at_shares(shares, predictive.N_POINTS), (high - low) / (2 * step)
+
+
+def _columns(signals: Float[np.ndarray, "node image point"], draws: Draws) -> Float[np.ndarray, "draw image column"]:
+    """f, k, log amplitude, nuisances: what an image says of each, in units of its noise."""
+    value, by_f, by_k = (np.einsum("dx,nix->din", rows, signals) for rows in draws.rows)
+    weights, constant = draws.weights[:, :-1], draws.weights[:, -1]
+    mean = [by_f @ weights[0], by_k @ weights[0]]
+    return np.concatenate([np.stack(mean, axis=-1), value @ weights.T + constant], axis=-1) / draws.noise
+
+
+def _prior(draws: Draws) -> Float[np.ndarray, "draw column column"]:
+    n_nuisances = len(draws.weights) - 1
+    precision = np.array([draws.prior_precision] * 2 + [1e-4] + [1.0] * n_nuisances)
+    return np.repeat(np.diag(precision)[None], len(draws.rows[0]), axis=0)
+
+
+def _log_area(information: Float[np.ndarray, "draw column column"]) -> float:
+    """-1/2 log det of the information about (f, k) once the others are marginalised, mean over draws."""
+    return float(-0.5 * np.mean(np.linalg.slogdet(information)[1] - np.linalg.slogdet(information[:, 2:, 2:])[1]))
+
+
+def _gains(columns: Float[np.ndarray, "draw candidate column"], information: Float[np.ndarray, "draw column column"]) -> np.ndarray:
+    """What each candidate takes off `_log_area`."""
+    whole = np.einsum("dpi,dij,dpj->dp", columns, np.linalg.inv(information), columns, optimize=True)
+    others = columns[..., 2:]
+    rest = np.einsum("dpi,dij,dpj->dp", others, np.linalg.inv(information[:, 2:, 2:]), others, optimize=True)
+    return 0.5 * np.mean(np.log1p(whole) - np.log1p(rest), axis=0)
