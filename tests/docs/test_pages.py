@@ -29,7 +29,8 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_of_the_pages_is_understood(line: str) -> None:
-    command, name, words = typer.main.get_command(cli.app), "scansteer", shlex.split(line)[1:]
+    words = shlex.split(line.removesuffix("&"), comments=True)[1:]
+    command, name = typer.main.get_command(cli.app), "scansteer"
     while hasattr(command, "commands"):
         name = words.pop(0)
         command = command.commands[name]  # type: ignore[attr-defined]
