@@ -15,7 +15,7 @@ from scansteer.core.nuisance import Axis
 from scansteer.protocols import tissue_model
 from scansteer.protocols.scan import Range, Scan, bounds
 
-N_POINTS = (64, 64)
+N_POINTS = (56, 56)
 """Lattice over the box; the confidence regions are interpolated from it (core.region)."""
 
 
