@@ -112,6 +112,21 @@ def predict_ahead(coarse: Coarse, state: Magnetisation, blocks: spin.Longitudina
     return jnp.swapaxes(jax.lax.scan(one, state, blocks)[1], 0, 1)
 
 
+def curvature(star: Star, signals: Float[np.ndarray, "node image point"]) -> Float[np.ndarray, "axis image"]:
+    """What a first-order description leaves out along each nuisance, over its range and over the points of (f, k); rms, fraction of M0.
+
+    With x = -1 .. 1 over the range and nodes at +-x_1, the signal is about F + F' x + c x^2, and the rms of x^2 is 1 / sqrt(5).
+    """
+    left_out, first = [], 1
+    for axis in star.axes:
+        nodes = axis.coordinate(axis.node_values())
+        lower, upper = signals[first], signals[first + axis.n_nodes - 2]
+        second = (0.5 * (lower + upper) - signals[0]) / nodes[-1] ** 2
+        left_out.append(np.sqrt(np.mean(second**2, axis=-1) / 5))
+        first += axis.n_nodes - 1
+    return np.stack(left_out) if left_out else np.zeros((0, signals.shape[1]))
+
+
 def at_draws(
     signals: Float[Array, "node image point"], rows: tuple[Float[Array, "voxel draw point_f"], Float[Array, "voxel draw point_k"]]
 ) -> Float[Array, "voxel draw node image"]:

@@ -13,6 +13,8 @@ from scansteer.protocols.scan import Range, Scan
 
 AT_LEAST = 500
 """Pulses to choose from, whatever the limits leave free."""
+NEAR_WATER_PPM = 1.0
+"""Closer to water than this nothing is offered: its direct saturation tells of B0 and T2, and drowns the rest."""
 _LEVELS = {"b1_ut": 10, "offset_ppm": 6, "t_sat_s": 3, "t_rec_s": 3}
 _LARGEST_LATTICE = 20_000
 
@@ -22,8 +24,8 @@ def candidates(scan: Scan, at_least: int = AT_LEAST) -> Blocks:
 
     The unsaturated ones (b1 = 0) come first, one per recovery, with the shortest t_sat. Amplitudes are denser where they are
     small (power 1.5), times are even in the logarithm; offsets are the ends of the range, the solutes' shifts and their mirror
-    images, then the middle of the widest gap, again and again. Where a range has no width the others are cut finer, until there
-    are `at_least` (fewer only if the duty cycle leaves next to no RF). Deterministic.
+    images, then the middle of the widest gap, again and again, but none close to water. Where a range has no width the others are
+    cut finer, until there are `at_least` (fewer only if the duty cycle leaves next to no RF). Deterministic.
     """
     levels = dict(_LEVELS)
     free = ["b1_ut", *(name for name in ("t_sat_s", "t_rec_s", "offset_ppm") if _is_wide(getattr(scan.limits, name)))]
@@ -64,8 +66,11 @@ def _offsets(scan: Scan, n: int) -> np.ndarray:
     shifts = [sign * pool.offset_ppm for pool in scan.pools if pool.kind == "solute" for sign in (1, -1)]
     chosen = sorted({box.lower, box.upper, *(shift for shift in shifts if box.lower <= shift <= box.upper)})
     while len(chosen) < n and _is_wide(box):
-        gap = int(np.argmax(np.diff(chosen)))
-        chosen.insert(gap + 1, 0.5 * (chosen[gap] + chosen[gap + 1]))
+        middles = 0.5 * (np.array(chosen[1:]) + chosen[:-1])
+        gaps = np.where(np.abs(middles) < NEAR_WATER_PPM, 0.0, np.diff(chosen))
+        if not gaps.any():
+            break
+        chosen.insert(int(np.argmax(gaps)) + 1, float(middles[np.argmax(gaps)]))
     return np.array(chosen)
 
 

@@ -29,6 +29,8 @@ MOST_AHEAD = 48
 TIE = 0.1
 """Candidates whose expected gain is less than this below the best one's are as good as the best: gains come from few draws."""
 
+NEGLIGIBLE_CURVATURE = 0.002
+"""Fraction of M0: a fraction of the noise of a good scan."""
 _MOST_KNOWN = 1024  # maps kept: an adaptive scan without end must not fill the memory
 
 Rows = tuple[np.ndarray, np.ndarray]
@@ -86,6 +88,8 @@ class Prospect:
         self._start = jax.jit(dictionary.start)(self._forward)
         self._weights: dict[frozenset, np.ndarray] = {}
         self._maps: dict[SaturationBlock, LongitudinalMap] = {}
+        self.described = self._is_described()
+        """Candidates that the likelihood describes as well as it does the approved schedule."""
 
     def begin(self) -> Course:
         """Before the first image; dummies have been played."""
@@ -101,10 +105,10 @@ class Prospect:
         return Course(left, (*course.played, Played(course.end_s, block)))
 
     def allowed(self, course: Course) -> Bool[np.ndarray, " candidate"]:
-        """Candidates within limits and quota."""
+        """Candidates within limits and quota that the likelihood describes."""
         latest = limits.blocks(course.blocks[-self.quota.window :])
         barred = design.barred(self.quota, self._coordinates, candidates.coordinates(self.scan, latest))
-        return limits.allowed(self.scan.limits, self.scan.train, course.played, self.candidates) & ~barred
+        return limits.allowed(self.scan.limits, self.scan.train, course.played, self.candidates) & ~barred & self.described
 
     def may_follow(self, course: Course, block: SaturationBlock) -> bool:
         """Whether any block, a candidate or not, keeps limits and quota."""
@@ -161,6 +165,19 @@ class Prospect:
         as_good = np.flatnonzero(gains >= (1 - TIE) * best)
         chosen = as_good[np.lexsort((-gains[as_good], energy[as_good]))[0]]
         return Advice(self.candidates.block(chosen), float(gains[chosen]), scheduled, remaining)
+
+    def _is_described(self) -> Bool[np.ndarray, " candidate"]:
+        """The likelihood takes nuisances to first order; what that leaves out must not exceed what it leaves out of the schedule.
+
+        (With B0 and B1 unknown, strong pulses near water bend so much that no posterior that used them would hold.)
+        """
+        course = self.begin()
+        for block in self.scan.schedule[:2]:
+            course = self.play(course, block)
+        schedule = np.concatenate([self.read(course, block) for block in self.scan.schedule], axis=1)
+        usual = np.max(predictive.curvature(self._star, schedule), axis=1, keepdims=True, initial=0.0)
+        bent = predictive.curvature(self._star, self.read_candidates(course))
+        return np.all(bent <= np.maximum(usual, NEGLIGIBLE_CURVATURE), axis=0)
 
     def _simulated(self) -> Coarse:
         read = jax.jit(dictionary.reading)(self._forward)
