@@ -6,10 +6,10 @@ Pulse, nuisances and the voxel's auxiliaries enter through the coefficients, noi
 
 Decoding, in the coordinate z where the prior is N(0, 1) (core.coordinate), in stages:
 
-1. the marginal likelihood (that of core.likelihood, with the voxel's own amplitude) at 8 x 8 anchors, raised to the powers 1, 1/4, .. 1/4096;
-   mean and covariance under each feed a small perceptron that gives a first Gaussian;
-2. twice: the same likelihood at nine points of the Gaussian found so far. A Newton step through them, corrected by a perceptron that sees
-   how far the nine values are from those of a Gaussian, gives the next one.
+1. the marginal likelihood (that of core.likelihood, with the voxel's own amplitude) at 8 x 8 anchors, raised to the powers
+   1, 1/4, .. 1/4096; mean and covariance under each feed a small perceptron that gives a first Gaussian;
+2. two or three times: the same likelihood at nine points of the Gaussian found so far. A Newton step through them, corrected by a
+   perceptron that sees how far the nine values are from those of a Gaussian, gives the next one.
 
 Weights are shared by all voxels and nothing depends on a neighbour.
 
@@ -36,9 +36,10 @@ N_ANCHORS = 8
 TEMPERATURES = tuple(4.0**power for power in range(7))
 STENCIL = np.array([(0, 0), (1.5, 0), (-1.5, 0), (0, 1.5), (0, -1.5), (1.1, 1.1), (-1.1, -1.1), (1.1, -1.1), (-1.1, 1.1)])
 """Points of a refinement, in standard deviations of the Gaussian found so far."""
-N_REFINEMENTS = 2
-WIDTHS = (64, 48, 48)
-"""Hidden units of the first and of each further stage's two layers."""
+N_REFINEMENTS = 3
+"""Unless training says otherwise. Narrow posteriors, a fiftieth of the prior wide, need the third."""
+WIDTHS = (64, 48)
+"""Hidden units of the two layers of the first and of each further stage."""
 
 
 class State(eqx.Module):
@@ -91,6 +92,8 @@ class Encoder(eqx.Module):
     refine: tuple[Stage, ...]
     basis: Basis
     coordinate: Coordinate
+    repeats: int = eqx.field(static=True, default=0)
+    """How often the last refinement is applied again, with the same weights: narrow posteriors are still on their way."""
 
 
 class Plan(eqx.Module):
@@ -104,13 +107,14 @@ class Plan(eqx.Module):
     """Log of the prior mass that an anchor stands for."""
 
 
-def make(key: PRNGKeyArray, basis: Basis, coordinate: Coordinate) -> Encoder:
+def make(key: PRNGKeyArray, basis: Basis, coordinate: Coordinate, n_refinements: int = N_REFINEMENTS, repeats: int = 0) -> Encoder:
     """An untrained encoder: its refinements are plain Newton steps."""
-    keys = jax.random.split(key, 1 + N_REFINEMENTS)
+    keys = jax.random.split(key, 1 + n_refinements)
     n_first = 5 * len(TEMPERATURES) + N_CONTEXT
     n_refine = len(STENCIL) - 1 + 5 + 5 + N_CONTEXT
     first = Stage(n_first, WIDTHS[0], key=keys[0])
-    return Encoder(first, tuple(Stage(n_refine, WIDTHS[i + 1], key=keys[i + 1]) for i in range(N_REFINEMENTS)), basis, coordinate)
+    refine = tuple(Stage(n_refine, WIDTHS[1], key=each) for each in keys[1:])
+    return Encoder(first, refine, basis, coordinate, repeats)
 
 
 def plan(encoder: Encoder) -> Plan:
@@ -163,7 +167,11 @@ def stages(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> tuple[Ga
 
 def infer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Gaussian:
     """The posterior of every voxel."""
-    return stages(encoder, plan, state, noise)[-1]
+    posterior = stages(encoder, plan, state, noise)[-1]
+    context = _context(state, noise)
+    for _ in range(encoder.repeats):
+        posterior = refine(encoder.refine[-1], encoder, plan, state, noise, context, posterior)
+    return posterior
 
 
 def first_guess(encoder: Encoder, features: Float[Array, "voxel feature"], context: Float[Array, "voxel context"]) -> Gaussian:

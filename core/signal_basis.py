@@ -43,7 +43,7 @@ class Basis(eqx.Module):
         """Values, or derivatives of the given order, on the tensor grid of places (0 .. 1 along the lattice's axes); float64."""
         along = [_polynomial(place, degree) for place, degree in zip(places, order, strict=True)]
         nodes = np.asarray(self.functions, float).reshape(-1, lattice.N_NODES, lattice.N_NODES)
-        return np.einsum("fa,mab,kb->fkm", along[0], nodes, along[1])
+        return np.einsum("fa,mab,kb->fkm", along[0], nodes, along[1], optimize=True)
 
 
 def make(columns: Sequence[Float[np.ndarray, "sample node"]], tolerance: float = TOLERANCE) -> Basis:

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from scansteer.core import agreement, gaussian_region, signal_basis, voxel_columns
+from scansteer.core import coordinate as coordinates
 from scansteer.core import encoder as encoders
 from scansteer.core.encoder import Encoder, Gaussian, Plan, State
 from scansteer.core.errors import InputError
@@ -83,6 +84,7 @@ class Volume:
         self._discrepancy = jnp.asarray(discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-encoder")
         self._step = eqx.filter_jit(_step, donate="all-except-first")
+        self._evaluate = eqx.filter_jit(encoders.evaluate)
         self._n_voxels = 0
         self._weights: list[jax.Array] = []
         self._states: list[State] = []
@@ -91,7 +93,7 @@ class Volume:
     def begin(self, weights: Float[np.ndarray, "kind voxel node"], n_voxels: int) -> None:
         """Fix the voxels: `weights` as `core.voxel_columns.of_voxels` gives them."""
         n_blocks = -(-n_voxels // self._block)
-        shared = weights.shape[1] == 1
+        shared = not self.columns.mapped
         self._n_voxels = n_voxels
         padded = [
             np.asarray(weights if shared else _padded(weights, index, self._block), np.float32) for index in range(n_blocks)
@@ -117,6 +119,18 @@ class Volume:
 
         answers = list(self._pool.map(one, range(len(self._states))))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: self._n_voxels], *answers)
+
+    def nrmse_at(self, values: Float[np.ndarray, "voxel 2"], noise: NoiseEstimate) -> Float[np.ndarray, " voxel"]:
+        """Norm of the residual over the norm of the signal at given (f, k), all else fitted, for comparisons by one measure."""
+        known = Noise(jnp.asarray(noise.sigma), jnp.asarray(noise.dof), self._discrepancy)
+        coordinate = self.encoder.coordinate
+        z = np.stack([np.asarray(coordinate.z(axis, jnp.asarray(values[:, axis], jnp.float32))) for axis in (0, 1)])
+        parts = []
+        for index, state in enumerate(self._states):
+            points = jnp.asarray(_padded(z, index, self._block).T[:, None])
+            residual = self._evaluate(self.encoder, self._plan, state, known, points).residual[:, 0]
+            parts.append(np.sqrt(np.asarray(residual) / np.maximum(np.asarray(state.energy), 1e-30)))
+        return np.concatenate(parts)[: self._n_voxels]
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)
@@ -276,19 +290,39 @@ def voxel_coefficients(
 
 
 def answer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Answer:
-    """Posterior and summary of every voxel; the MAP is the most probable of the Gaussian's mean, its likelihood's peak and their middle."""
+    """Posterior and summary of every voxel.
+
+    The MAP is sought among the Gaussian's mean, the peak of its likelihood, points about them, and then about the best of these: where the
+    posterior is a curved ridge, its mean does not lie on it.
+    """
     posterior = encoders.infer(encoder, plan, state, noise)
     peak = gaussian_region.mode(posterior)
-    candidates = jnp.stack([posterior.mean, peak, 0.5 * (posterior.mean + peak)], axis=1)
-    fit = encoders.evaluate(encoder, plan, state, noise, candidates)
-    values = [encoder.coordinate.value(axis, candidates[..., axis]) for axis in (0, 1)]
-    height = fit.log_likelihood + sum(encoder.coordinate.log_prior(axis, values[axis]) for axis in (0, 1))
+    about_mean = coordinates.points(posterior.mean, posterior.root, jnp.asarray(encoders.STENCIL, jnp.float32))
+    ends = jnp.stack([peak, 0.5 * (posterior.mean + peak)], axis=1)
+    best = _most_probable(encoder, plan, state, noise, jnp.concatenate([about_mean, ends], axis=1))
+    for scale in (0.5, 0.2):
+        about_best = coordinates.points(best.z, posterior.root * scale, jnp.asarray(encoders.STENCIL, jnp.float32))
+        best = _most_probable(encoder, plan, state, noise, about_best)
+    nrmse = jnp.sqrt(best.residual / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
+    summary = gaussian_region.summarise(posterior, best.z, encoder.coordinate)
+    return Answer(Info(summary, nrmse, best.amplitude, jnp.zeros((len(nrmse), 0), jnp.float32)), posterior)
+
+
+class _Best(NamedTuple):
+    z: jax.Array
+    residual: jax.Array
+    amplitude: jax.Array
+
+
+def _most_probable(encoder: Encoder, plan: Plan, state: State, noise: Noise, candidates: Float[jax.Array, "voxel point 2"]) -> _Best:
+    """Of each voxel's candidates, the one of the highest density over (f, k)."""
+    held = jnp.clip(candidates, -4.5, 4.5)
+    fit = encoders.evaluate(encoder, plan, state, noise, held)
+    values = [encoder.coordinate.value(axis, held[..., axis]) for axis in (0, 1)]
+    height = fit.log_likelihood + encoder.coordinate.log_prior(0, values[0]) + encoder.coordinate.log_prior(1, values[1])
     best = jnp.argmax(height, axis=1)[:, None]
-    estimate = jnp.take_along_axis(candidates, best[..., None], axis=1)[:, 0]
-    residual, amplitude = (jnp.take_along_axis(each, best, axis=1)[:, 0] for each in (fit.residual, fit.amplitude))
-    nrmse = jnp.sqrt(residual / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
-    summary = gaussian_region.summarise(posterior, estimate, encoder.coordinate)
-    return Answer(Info(summary, nrmse, amplitude, jnp.zeros((len(nrmse), 0), jnp.float32)), posterior)
+    z = jnp.take_along_axis(held, best[..., None], axis=1)[:, 0]
+    return _Best(z, *(jnp.take_along_axis(each, best, axis=1)[:, 0] for each in (fit.residual, fit.amplitude)))
 
 
 def _step(fixed, state: State, signal, kinds: tuple[int, ...]) -> tuple[State, Answer]:

@@ -53,6 +53,7 @@ def to_bytes(trained: Trained) -> bytes:
         "physics": trained.physics,
         "mapped": trained.mapped,
         "ranks": trained.encoder.basis.ranks,
+        "refinements": (len(trained.encoder.refine), trained.encoder.repeats),
         **trained.about,
     }
     leaves = jax.tree.leaves(eqx.filter(trained.encoder, eqx.is_array))
@@ -101,7 +102,8 @@ def from_bytes(packed: bytes, source: str) -> Trained:
             tuple(about.pop("mapped")),
             tuple(about.pop("ranks")),
         )
-        return Trained(_filled(physics["parameters"], ranks, leaves), name, physics, mapped, about)
+        n_refinements, repeats = about.pop("refinements")
+        return Trained(_filled(physics["parameters"], ranks, (n_refinements, repeats), leaves), name, physics, mapped, about)
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
@@ -148,13 +150,13 @@ def _listed(mapped: tuple[str, ...]) -> str:
     return f"maps of {', '.join(sorted(mapped))}" if mapped else "no maps"
 
 
-def _filled(parameters: dict[str, Any], ranks: tuple[int, ...], leaves: list[np.ndarray]) -> Encoder:
+def _filled(parameters: dict[str, Any], ranks: tuple[int, ...], refinements: tuple[int, int], leaves: list[np.ndarray]) -> Encoder:
     """An encoder of the right shape with the given leaves."""
     fraction, rate = parameters.values()
     lower, upper = (jnp.array([fraction[side], rate[side]]) for side in ("lower", "upper"))
     coordinate = Coordinate(lower, upper, (fraction["prior"], rate["prior"]))
     basis = Basis(jnp.zeros((sum(ranks), lattice.N_NODES**2), jnp.float32), ranks)
-    blank, rest = eqx.partition(encoders.make(jax.random.PRNGKey(0), basis, coordinate), eqx.is_array)
+    blank, rest = eqx.partition(encoders.make(jax.random.PRNGKey(0), basis, coordinate, *refinements), eqx.is_array)
     expected, structure = jax.tree.flatten(blank)
     if [leaf.shape for leaf in expected] != [leaf.shape for leaf in leaves]:
         raise ValueError("shapes differ")

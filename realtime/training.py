@@ -66,11 +66,14 @@ class Settings:
     """What determines a run, besides the scan and the files."""
 
     seed: int = 0
-    n_scans: int = 20
+    n_scans: int = 30
     """Simulated scans; every third plays the published schedule, the others random orders and pulses."""
-    n_groups: int = 5
+    n_groups: int = 4
     """Groups of 64 voxels in each."""
     n_steps: int = 3000
+    n_refinements: int = 3
+    repeats: int = 1
+    """Of the last refinement, when the encoder is used; not during training."""
     batch: int = 768
     learning_rate: float = 3e-3
     lower_bound: float = 0.05
@@ -228,7 +231,7 @@ def optimise(
     simulator: Simulator, basis: Basis, simulated: Bank, measured: Bank | None, out: Path, settings: Settings, tell: Tell
 ) -> Encoder:
     """All steps, from the checkpoint beside `out` if there is one of the same run."""
-    encoder = encoders.make(jax.random.PRNGKey(settings.seed), basis, simulator.coordinate)
+    encoder = encoders.make(jax.random.PRNGKey(settings.seed), basis, simulator.coordinate, settings.n_refinements, settings.repeats)
     plan = encoders.plan(encoder)
     rise = int(WARM_UP_SHARE * settings.n_steps)
     schedule = optax.warmup_cosine_decay_schedule(

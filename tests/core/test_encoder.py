@@ -1,0 +1,117 @@
+"""The encoder's state and likelihood, on a small made-up family of signals."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scansteer.core import encoder as encoders
+from scansteer.core import lattice, likelihood, signal_basis, training
+from scansteer.core.coordinate import Coordinate
+from scansteer.core.encoder import Gaussian
+from scansteer.core.likelihood import Noise
+
+COORDINATE = Coordinate(jnp.array([0.0, 0.0]), jnp.array([0.3, 70.0]), ("uniform", "beta"))
+N_POINTS = (16, 16)
+N_IMAGES = 7
+
+
+def made_up_signals(rng, n_images):
+    """Mean signal and one nuisance's column at the simulated nodes, (image, column, node)."""
+    place = 0.5 * (1 - np.cos((2 * np.arange(lattice.N_NODES) + 1) * np.pi / (2 * lattice.N_NODES)))
+    f, k = (each.reshape(-1) for each in np.meshgrid(place, place, indexing="ij"))
+    a, b, c = rng.uniform(0.2, 1.5, (3, n_images, 1))
+    mean = 1 / (1 + a * f + b * f * k + 0.3 * c * k**2)
+    return np.stack([mean, 0.05 * np.exp(-c * f) * k], axis=1)
+
+
+@pytest.fixture(scope="module")
+def world():
+    rng = np.random.default_rng(0)
+    samples = made_up_signals(rng, 200)
+    basis = signal_basis.make([samples[:, 0], samples[:, 1]])
+    encoder = encoders.make(jax.random.PRNGKey(0), basis, COORDINATE, n_refinements=2)
+    return encoder, encoders.plan(encoder), made_up_signals(rng, N_IMAGES)
+
+
+def measured(images, rng, n_voxels):
+    """Noisy signals of voxels somewhere in the box, (image, voxel)."""
+    cells = rng.integers(60, 340, n_voxels)
+    return 50 * images[:, 0, cells] + rng.standard_normal((len(images), n_voxels))
+
+
+def state_of(world, signals, order=None):
+    encoder, _, images = world
+    state = encoders.init(signals.shape[1], 1, sum(encoder.basis.ranks))
+    for i in range(len(images)) if order is None else order:
+        columns = [images[i, j][None] for j in (0, 1)]
+        state = encoders.update(state, jnp.asarray(signal_basis.coefficients(encoder.basis, columns)), jnp.asarray(signals[i]))
+    return state
+
+
+NOISE = Noise(jnp.asarray(1.0), jnp.asarray(40.0), jnp.asarray(0.01))
+
+
+def test_the_basis_leaves_less_of_a_signal_than_it_promises(world):
+    encoder, plan, images = world
+    coefficients = signal_basis.coefficients(encoder.basis, [images[:, 0], images[:, 1]])
+    block = encoder.basis.blocks[0]
+    left = images[:, 0] - coefficients[:, block] @ np.asarray(encoder.basis.functions[block])
+    assert np.sqrt(np.mean(left**2)) < 3 * signal_basis.TOLERANCE  # images that the basis was not made from
+    at = jnp.linspace(0.03, 0.97, 9)
+    exact = np.diagonal(encoder.basis.at((np.asarray(at), np.asarray(at)))).T
+    np.testing.assert_allclose(plan.table(at, at), exact, atol=1e-3 * np.abs(exact).max())  # first order, steps of 1/127
+
+
+def test_its_likelihood_is_that_of_the_reference(world):
+    encoder, plan, images = world
+    signals = measured(images, np.random.default_rng(1), 1)
+    sums = likelihood.init(1, 1, 2, N_POINTS[0] * N_POINTS[1])
+    for image, signal in zip(images, signals, strict=True):
+        cells = lattice.upsample(jnp.asarray(image)[:, None], N_POINTS)
+        sums = likelihood.update(sums, cells, jnp.asarray(signal))
+    exact = np.asarray(jax.jit(likelihood.fit)(sums, NOISE).log_likelihood)[:, 0]
+    place = jnp.linspace(0, 1, 16, dtype=jnp.float32)
+    z = jnp.stack(jnp.meshgrid(*(COORDINATE.from_place(axis, place) for axis in (0, 1)), indexing="ij"), -1).reshape(1, -1, 2)
+    inner = np.abs(np.asarray(z[0])).max(axis=1) < 4
+    evaluate = eqx.filter_jit(lambda state: encoders.evaluate(encoder, plan, state, NOISE, z))
+    found = np.asarray(evaluate(state_of(world, signals)).log_likelihood)[0]
+    near = inner & (exact > exact.max() - 30)
+    assert near.sum() > 10
+    difference = (found - exact)[near]
+    np.testing.assert_allclose(difference - difference.mean(), 0.0, atol=0.15)  # nats; the basis leaves 5e-5 of M0
+
+
+def test_the_order_of_images_changes_nothing(world):
+    signals = measured(world[2], np.random.default_rng(2), 16)
+    encoder, plan, _ = world
+    infer = eqx.filter_jit(lambda state: encoders.infer(encoder, plan, state, NOISE))
+    first, second = infer(state_of(world, signals)), infer(state_of(world, signals, order=[3, 0, 6, 1, 5, 2, 4]))
+    np.testing.assert_allclose(first.mean, second.mean, atol=1e-5)
+    np.testing.assert_allclose(first.root, second.root, atol=1e-5)
+
+
+def test_newton_finds_the_peak_of_a_gaussian():
+    stencil, precision, peak = encoders.STENCIL, np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([0.4, -0.7])
+    height = -0.5 * np.einsum("pi,ij,pj->p", stencil - peak, precision, stencil - peak)
+    step, root = encoders._newton(jnp.asarray(height - height[0], jnp.float32)[None])
+    np.testing.assert_allclose(step[0], peak, atol=1e-5)
+    covariance = np.array([[root[0, 0], 0], [root[0, 1], root[0, 2]]])
+    np.testing.assert_allclose(covariance @ covariance.T, np.linalg.inv(precision), atol=1e-5)
+
+
+def test_divergence_is_zero_of_itself_and_known_otherwise():
+    p = Gaussian(jnp.array([[0.1, -0.3]]), jnp.array([[0.5, 0.2, 0.3]]))
+    q = Gaussian(jnp.array([[0.2, 0.1]]), jnp.array([[0.8, -0.1, 0.6]]))
+    a, b = (np.array([[r[0], 0], [r[1], r[2]]]) for r in (np.asarray(p.root[0]), np.asarray(q.root[0])))
+    inverse, shift = np.linalg.inv(b @ b.T), np.asarray(q.mean[0] - p.mean[0])
+    expected = 0.5 * (np.trace(inverse @ a @ a.T) + shift @ inverse @ shift - 2 + np.log(np.linalg.det(b @ b.T) / np.linalg.det(a @ a.T)))
+    assert float(training.divergence(p, p)[0]) == pytest.approx(0.0, abs=1e-7)
+    assert float(training.divergence(p, q)[0]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_only_perceptrons_learn(world):
+    learnt = eqx.filter(world[0], training.trainable(world[0]))
+    assert learnt.basis.functions is None
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(learnt))

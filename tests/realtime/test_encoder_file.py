@@ -1,0 +1,59 @@
+"""Encoder files: what is in them, and which are refused."""
+
+import jax
+import numpy as np
+import pytest
+
+from scansteer.core.errors import InputError
+from scansteer.protocols.builtin import BUILTIN
+from scansteer.realtime import encoder_file
+
+MOUSE = BUILTIN["mt-mouse-7T-30"]
+MAPS = ("t1_s", "t2_s")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    found = encoder_file.shipped(MOUSE)
+    assert found is not None
+    return found
+
+
+def test_shipped_weights_belong_to_the_scan_as_it_is_built_in(trained):
+    encoder_file.check(trained, MOUSE, MAPS)
+    assert len(encoder_file.to_bytes(trained)) < 1_000_000
+    assert trained.about["calibration"]
+    assert trained.about["settings"]["seed"] == 0
+
+
+def test_a_file_gives_the_same_encoder_back(trained, tmp_path):
+    path = tmp_path / "one.encoder"
+    encoder_file.save(path, trained)
+    again = encoder_file.load(path)
+    for ours, theirs in zip(jax.tree.leaves(trained.encoder), jax.tree.leaves(again.encoder), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert again.about == trained.about
+
+
+def test_weights_of_another_scan_are_refused_with_what_differs(trained):
+    with pytest.raises(InputError, match="belongs to scan 'mt-mouse-7T-30', whose field_t"):
+        encoder_file.check(trained, BUILTIN["larg-phantom-9.4T"], ())
+
+
+def test_targets_and_limits_may_differ(trained):
+    changed = MOUSE.model_copy(update={"name": "ours", "stop": MOUSE.stop.model_copy(update={"n_min": 9})})
+    encoder_file.check(trained, changed, MAPS)
+
+
+def test_other_maps_are_refused(trained):
+    with pytest.raises(InputError, match="was trained with maps of t1_s, t2_s, this session has no maps"):
+        encoder_file.check(trained, MOUSE, ())
+
+
+def test_something_else_is_not_an_encoder(tmp_path):
+    path = tmp_path / "text.encoder"
+    path.write_text("weights")
+    with pytest.raises(InputError, match=r"text\.encoder is not an encoder"):
+        encoder_file.load(path)
+    with pytest.raises(InputError, match="Cannot read encoder"):
+        encoder_file.load(tmp_path / "none.encoder")
