@@ -234,7 +234,7 @@ def evaluate(encoder: Encoder, plan: Plan, state: State, noise: Noise, z: Float[
             g[i, j] = jnp.sum(across[..., blocks[j]] * functions[..., blocks[j]], axis=-1)
     rest = energy[:, None] - 2 * amplitude[:, None] * jnp.sum(left[:, None, mean] * difference, axis=-1)
     rest = rest + amplitude[:, None] ** 2 * jnp.sum(moved[..., mean] * difference, axis=-1)
-    return _once(_collapse(*_once((g, p, rest)), amplitude[:, None], noise, state.n_images))
+    return _once(_collapse(*_once((g, p, rest)), amplitude[:, None], noise, state.n_images))  # pyright: ignore[reportCallIssue] - three of them
 
 
 def anchor_features(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Float[Array, "voxel feature"]:

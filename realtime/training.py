@@ -216,7 +216,7 @@ def of_recording(simulator: Simulator, basis: Basis, recording: Recording, seed:
         place = np.arange(n_voxels) if len(gram) > 1 else np.zeros(n_voxels, int)
         each = [np.full(n_voxels, float(value)) for value in (count, noise.sigma, noise.dof)]
         nothing = np.zeros((n_voxels, 2)), np.tile([1.0, 0.0, 1.0], (n_voxels, 1)), np.zeros(n_voxels)
-        banks.append(Bank(gram, place, projection, np.sum(seen**2, axis=0), *each, *nothing))
+        banks.append(Bank(gram, place, projection, np.sum(seen**2, axis=0), *each, *nothing))  # pyright: ignore[reportCallIssue] - three and three
     return joined(banks)
 
 
