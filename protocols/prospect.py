@@ -192,7 +192,7 @@ class Prospect:
     def _known_map_of(self, block: SaturationBlock) -> LongitudinalMap:
         if block not in self._maps:
             if len(self._maps) >= _MOST_KNOWN:
-                self._maps.pop(next(iter(self._maps)))
+                self._maps.pop(next(iter(self._maps)), None)
             self._maps[block] = self._map_of(block)
         return self._maps[block]
 

@@ -50,8 +50,8 @@ class Scene:
     rician: bool = False
     drift: float = 0.0
     """Gain that is lost per image."""
-    moves: bool = False
-    """From image `MOVES_AT` on half of every voxel is its neighbour in the list."""
+    other: Scene | None = None
+    """From image `MOVES_AT` on half of every voxel is what lies here; none: nothing moves."""
     seed: tuple[int, ...] = field(default=(0,))
 
     @property
@@ -74,15 +74,17 @@ class Scanner:
         self._train = tissue_model.train(scene.true)
         self._mz = signal.equilibrium(self._tissue) * scene.first_mz
         self._n_played = 0
+        self._other = None if scene.other is None else Scanner(scene.other)
         for _ in range(scene.true.first_state.n_dummies):
             self._read(scene.true.schedule[0], first=False)
 
     def play(self, block: SaturationBlock) -> np.ndarray:
         """Play one repetition: pixel values, (voxel,)."""
-        scene, rng = self.scene, np.random.default_rng((*scene_seed(self.scene), self._n_played))
+        scene, rng = self.scene, np.random.default_rng((*self.scene.seed, 77, self._n_played))
         clean = self._read(block, first=self._n_played == 0 and not scene.true.first_state.n_dummies) + scene.offset
-        if scene.moves and self._n_played >= MOVES_AT:
-            clean = 0.5 * (clean + np.roll(clean, 1))
+        if self._other is not None:
+            elsewhere = self._other._read(block, first=self._n_played == 0) + scene.offset
+            clean = 0.5 * (clean + elsewhere) if self._n_played >= MOVES_AT else clean
         clean = clean + scene.described.noise.discrepancy * rng.normal()
         real = scene.amplitude * (1 - scene.drift) ** self._n_played * clean + rng.normal(0.0, scene.sigma, scene.n_voxels)
         imaginary = rng.normal(0.0, scene.sigma, scene.n_voxels)
@@ -101,10 +103,6 @@ _MAP = jax.jit(signal.saturation_map, static_argnums=2)
 _READING = jax.jit(signal.readout_map)
 
 
-def scene_seed(scene: Scene) -> tuple[int, ...]:
-    return (*scene.seed, 77)
-
-
 def mapped_auxiliaries(scan: Scan) -> tuple[str, ...]:
     """Studies give scans of semisolids, that is of brains, maps of T1 and T2, and others none."""
     is_brain = any(pool.kind == "semisolid" and pool.f in scan.parameters for pool in scan.pools)
@@ -117,6 +115,11 @@ def from_priors(scan: Scan, n_voxels: int, seed: tuple[int, ...]) -> Scene:
     values = {name: _draw(parameter, n_voxels, rng) for name, parameter in scan.parameters.items()}
     values |= {name: rng.uniform(span.lower, span.upper, n_voxels) for name, span in scan.auxiliaries.items()}
     return _scene(scan, values, seed, rng)
+
+
+def single(scan: Scan, seed: tuple[int, ...]) -> Scene:
+    """One voxel drawn from the priors."""
+    return from_priors(scan, 1, seed)
 
 
 def digital(scan: Scan, n_voxels: int, seed: tuple[int, ...]) -> Scene:
@@ -224,6 +227,12 @@ def wrong_first_state(scene: Scene) -> Scene:
     return replace(scene, first_mz=max(0.0, bounds(scene.described.first_state.mz)[0] - 0.3))
 
 
+def moved(scene: Scene) -> Scene:
+    """From one image on half of the voxel is another tissue."""
+    neighbour = from_priors(scene.described, scene.n_voxels, (*scene.seed, 9))
+    return replace(scene, other=replace(scene, values=neighbour.values))
+
+
 WORLDS: dict[str, World] = {
     "as described": lambda scene: scene,
     "extra pool": extra_pool,
@@ -232,7 +241,7 @@ WORLDS: dict[str, World] = {
     "b0 0.3 ppm off": b0_off,
     "maps 10 % off": maps_off,
     "rician noise": lambda scene: replace(scene, rician=True),
-    "voxel moves": lambda scene: replace(scene, moves=True),
+    "voxel moves": moved,
     "drift 1 % per image": lambda scene: replace(scene, drift=0.01),
     "wrong first state": wrong_first_state,
 }

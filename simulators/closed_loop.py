@@ -1,0 +1,149 @@
+"""One scene, scanned image by image until its schedule ends or its voxels may stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from scansteer.core import lack_of_fit, stopping
+from scansteer.core.grid_posterior import Info
+from scansteer.core.noise import NoiseEstimate
+from scansteer.protocols.prospect import Advice, Course, Prospect
+from scansteer.protocols.scan import SaturationBlock, Scan
+from scansteer.simulators.follower import Followed, Follower
+from scansteer.simulators.world import Scanner, Scene
+
+NOISE_DOF = 200
+"""Degrees of freedom behind the measured noise."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened, image by image."""
+
+    blocks: list[SaturationBlock]
+    area: Float[np.ndarray, "image voxel"]
+    estimate: Float[np.ndarray, "image voxel 2"]
+    inside: Bool[np.ndarray, "image voxel 2"]
+    """The truth lies in the 95 % interval of f, and of k."""
+    credibility: Float[np.ndarray, "image voxel"]
+    log_ratio: Float[np.ndarray, "image voxel"]
+    """These two as in `follower.Place`."""
+    advice: list[Advice | None]
+    vetoed: list[bool]
+    stopped_at: int | None
+    """n at which a stop was called."""
+    truth: Float[np.ndarray, "voxel 2"]
+
+    @property
+    def ends_s(self) -> Float[np.ndarray, " image"]:
+        """Scan time at which each image has been read (readouts take none)."""
+        return np.cumsum([block.duration_s for block in self.blocks])
+
+    @property
+    def relative_error(self) -> Float[np.ndarray, "image voxel 2"]:
+        return np.abs(self.estimate - self.truth) / self.truth
+
+
+Choose = Callable[[int, Course, Followed, Info], Advice | None]
+"""What to play as image n (0-based) given all that is known; none: the approved schedule."""
+
+
+def fixed(_number: int, _course: Course, _followed: Followed, _info: Info) -> None:
+    """Never anything but the approved schedule."""
+    return
+
+
+def adaptive(follower: Follower, prospect: Prospect, sigma: float) -> Choose:
+    """What the prospect advises."""
+
+    def choose(number: int, course: Course, followed: Followed, info: Info) -> Advice:
+        question, rows = follower.question(followed, info, prospect, sigma)
+        return prospect.advise(course, prospect.answer(course, question, rows, number))
+
+    return choose
+
+
+def run(
+    scene: Scene,
+    follower: Follower,
+    prospect: Prospect,
+    schedule: Sequence[SaturationBlock],
+    choose: Choose,
+    *,
+    until_stop: bool = False,
+) -> Trace:
+    """Scan a scene.
+
+    Parameters
+    ----------
+    schedule
+        The approved one; its first block is always played.
+    choose
+        Replaces blocks of it.
+    until_stop
+        End where all voxels may stop, by the scan's own rule; otherwise go on to the schedule's end.
+    """
+    scanner, course = Scanner(scene), prospect.begin()
+    followed = follower.begin(dict(scene.maps), scene.n_voxels)
+    noise = _measured_noise(scene)
+    rule, state = rule_of(scene.described), stopping.init()
+    truth, images, block = scene.truth, [], schedule[0]
+    infos, places, blocks, advices, vetoes = [], [], [], [], []
+    for number in range(len(schedule)):
+        images.append(scanner.play(block))
+        followed, info = follower.absorb(followed, block, images[-1], noise)
+        course = prospect.play(course, block)
+        advice = choose(number + 1, course, followed, info)
+        fit = _fit(info, np.stack(images), noise, scene.described)
+        remaining = np.inf if advice is None else advice.remaining_gain
+        state, verdict = stopping.update(rule, state, number + 1, [_region(rule, info)], None if fit.passed else "lack of fit", remaining)
+        infos.append(info.summary)
+        places.append(follower.place(info, truth))
+        blocks.append(block)
+        advices.append(advice)
+        vetoes.append(not fit.passed)
+        if until_stop and verdict.stop:
+            break
+        if number + 1 < len(schedule):
+            block = advice.block if advice is not None and advice.block is not None else schedule[number + 1]
+    return Trace(
+        blocks=blocks,
+        area=np.stack([summary.cr_area for summary in infos]),
+        estimate=np.stack([summary.map for summary in infos]),
+        inside=np.stack([(truth >= summary.lower) & (truth <= summary.upper) for summary in infos]),
+        credibility=np.stack([place.credibility for place in places]),
+        log_ratio=np.stack([place.log_ratio for place in places]),
+        advice=advices,
+        vetoed=vetoes,
+        stopped_at=state.would_stop_at,
+        truth=truth,
+    )
+
+
+def rule_of(scan: Scan) -> stopping.Rule:
+    """The scan's own stop rule."""
+    first, second = (parameter.target_halfwidth_relative for parameter in scan.parameters.values())
+    stop = scan.stop
+    return stopping.Rule((first, second), stop.fraction_converged, stop.n_min, stop.confirmations, stop.plateau_nat)
+
+
+def _measured_noise(scene: Scene) -> NoiseEstimate:
+    """From as many degrees of freedom as a small region has after a few images."""
+    rng = np.random.default_rng((*scene.seed, 5))
+    return NoiseEstimate(float(scene.sigma * np.sqrt(rng.chisquare(NOISE_DOF) / NOISE_DOF)), NOISE_DOF)
+
+
+def _region(rule: stopping.Rule, info: Info) -> stopping.Region:
+    summary = info.summary
+    halfwidth = stopping.relative_halfwidth(summary.map, summary.lower, summary.upper)
+    converged = stopping.converged(rule, halfwidth, summary.edge_mass)
+    return stopping.Region("scene", float(np.mean(converged)), float(len(converged)))
+
+
+def _fit(info: Info, images: Float[np.ndarray, "image voxel"], noise: NoiseEstimate, scan: Scan) -> lack_of_fit.Check:
+    residual = info.nrmse.astype(float) ** 2 * np.sum(images**2, axis=0)
+    return lack_of_fit.check(residual, info.amplitude, noise.sigma, scan.noise.discrepancy, len(images))

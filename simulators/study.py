@@ -1,0 +1,240 @@
+"""Closed-loop studies: how many images each way of choosing pulses needs, and whether a stop keeps its promise when the description is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from scansteer.core.errors import ScansteerError
+from scansteer.core.region import ANYTIME_LEVEL
+from scansteer.protocols.prospect import Prospect
+from scansteer.protocols.scan import SaturationBlock, Scan
+from scansteer.simulators import closed_loop, schedules, study_figure, world
+from scansteer.simulators.closed_loop import Trace
+from scansteer.simulators.follower import Follower
+from scansteer.simulators.world import Scene
+
+N_VOXELS = 6
+"""Voxels of a phantom, scanned together with the same pulses."""
+N_DRAWS = 48
+"""Tissues that the optimised schedule is optimised for."""
+N_RESTARTS_ORACLE = 2
+N_BOOTSTRAP = 2000
+
+
+class Study(NamedTuple):
+    """What all runs of one study share."""
+
+    scan: Scan
+    prospect: Prospect
+    follower: Follower
+    seed: int
+
+
+def run_study(
+    scan: Scan,
+    repeats: int,
+    out: Path,
+    *,
+    seed: int = 0,
+    worlds: Sequence[str] = tuple(world.WORLDS),
+    n_restarts: int = schedules.N_RESTARTS,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Compare schedules on phantoms and test stops in worlds; writes `out` (JSON) and a figure beside it.
+
+    Parameters
+    ----------
+    repeats
+        Phantoms per schedule, and single-voxel closed loops per world.
+    worlds
+        Names in `world.WORLDS`.
+    """
+    console = console or Console()
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        task = progress.add_task("simulate the candidates", total=1)
+        study = Study(scan, Prospect(scan), Follower(scan, world.mapped_auxiliaries(scan)), seed)
+        progress.advance(task)
+        traces = _compare(study, repeats, n_restarts, pool, progress)
+        loops = {name: _loops(study, name, repeats, pool, progress) for name in worlds}
+    result = _summary(study, repeats, traces, loops)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        study_figure.draw(result, _curves(traces), out.with_suffix(".png"))
+    except OSError as error:
+        raise ScansteerError(f"Cannot write {out}: {error}.") from error
+    console.print(_sentence(result, out))
+    return result
+
+
+def _compare(study: Study, repeats: int, n_restarts: int, pool: ThreadPoolExecutor, progress: Progress) -> dict[str, list[Trace]]:
+    """Every schedule on the same phantoms, noise included."""
+    approved = schedules.published(study.scan)
+    optimised = _optimised(study, len(approved), n_restarts, progress)
+    make: dict[str, Callable[[Scene, np.random.Generator], Sequence[SaturationBlock]]] = {
+        "published": lambda scene, rng: approved,
+        "random": lambda scene, rng: schedules.random(study.prospect, len(approved), rng),
+        "optimised": lambda scene, rng: optimised,
+        "adaptive": lambda scene, rng: approved,
+        "oracle": lambda scene, rng: _oracle(study, scene, len(approved), rng),
+    }
+
+    def one(name: str, number: int) -> Trace:
+        scene = world.digital(study.scan, N_VOXELS, (study.seed, number))
+        schedule = make[name](scene, np.random.default_rng((study.seed, number, 3)))
+        choose = closed_loop.adaptive(study.follower, study.prospect, scene.sigma) if name == "adaptive" else closed_loop.fixed
+        return closed_loop.run(scene, study.follower, study.prospect, schedule, choose)
+
+    return {name: _all(partial(one, name), range(repeats), f"phantoms, {name}", pool, progress) for name in make}
+
+
+def _optimised(study: Study, n_images: int, n_restarts: int, progress: Progress) -> list[SaturationBlock]:
+    task = progress.add_task("optimise a schedule", total=n_restarts)
+    rng = np.random.default_rng((study.seed, 2))
+    scenes = [world.digital(study.scan, N_VOXELS, (study.seed, 10_000 + number)) for number in range(-(-N_DRAWS // N_VOXELS))]
+    draws = schedules.draws_at(study.prospect, np.concatenate([_shares(scene) for scene in scenes]), _relative_noise(scenes))
+    return schedules.optimise(study.prospect, draws, n_images, rng, n_restarts, partial(progress.advance, task))
+
+
+def _oracle(study: Study, scene: Scene, n_images: int, rng: np.random.Generator) -> list[SaturationBlock]:
+    """Optimised for the true parameters, which nobody knows."""
+    draws = schedules.draws_at(study.prospect, _shares(scene), _relative_noise([scene]))
+    return schedules.optimise(study.prospect, draws, n_images, rng, N_RESTARTS_ORACLE)
+
+
+def _shares(scene: Scene) -> np.ndarray:
+    """Where the truth lies in the box: (voxel, 2)."""
+    sides = scene.described.parameters.values()
+    return np.stack([(true - side.lower) / (side.upper - side.lower) for true, side in zip(scene.truth.T, sides, strict=True)], axis=1)
+
+
+def _relative_noise(scenes: Sequence[Scene]) -> float:
+    return float(np.mean([scene.sigma / np.mean(scene.amplitude) for scene in scenes]))
+
+
+def _loops(study: Study, name: str, repeats: int, pool: ThreadPoolExecutor, progress: Progress) -> list[Trace]:
+    """Single voxels drawn from the priors, scanned adaptively until they may stop."""
+
+    def one(number: int) -> Trace:
+        scene = world.WORLDS[name](world.single(study.scan, (study.seed, 20_000 + number)))
+        choose = closed_loop.adaptive(study.follower, study.prospect, scene.sigma)
+        return closed_loop.run(scene, study.follower, study.prospect, schedules.published(study.scan), choose, until_stop=True)
+
+    return _all(one, range(repeats), f"world: {name}", pool, progress)
+
+
+def _all(one: Callable[[int], Trace], numbers: Iterable[int], label: str, pool: ThreadPoolExecutor, progress: Progress) -> list[Trace]:
+    numbers = list(numbers)
+    task: TaskID = progress.add_task(label, total=len(numbers))
+    done = []
+    for trace in pool.map(one, numbers):
+        done.append(trace)
+        progress.advance(task)
+    return done
+
+
+class Reached(NamedTuple):
+    """When a phantom's median area came down to its target, and how wrong it was then."""
+
+    images: int
+    seconds: float
+    error: tuple[float, float]
+    reached: bool
+
+
+def _reached(trace: Trace, target: float) -> Reached:
+    hits = np.flatnonzero(np.median(trace.area, axis=1) <= target)
+    n = int(hits[0]) if len(hits) else len(trace.blocks) - 1
+    f_error, k_error = np.median(trace.relative_error[n], axis=0)
+    return Reached(n + 1, float(trace.ends_s[n]), (float(f_error), float(k_error)), bool(len(hits)))
+
+
+def _summary(study: Study, repeats: int, traces: dict[str, list[Trace]], loops: dict[str, list[Trace]]) -> dict[str, Any]:
+    targets = [float(np.median(trace.area[-1])) for trace in traces["published"]]
+    reached = {name: [_reached(trace, target) for trace, target in zip(each, targets, strict=True)] for name, each in traces.items()}
+    as_described = loops.get("as described", [])
+    return {
+        "scan": study.scan.name,
+        "repeats": repeats,
+        "voxels_per_phantom": N_VOXELS,
+        "seed": study.seed,
+        "mapped": list(study.follower.mapped),
+        "target": "median confidence-region area of (unsaturated image + published schedule) at its end, phantom by phantom",
+        "schedules": {name: _of_schedule(traces[name], each) for name, each in reached.items()},
+        "adaptive_over_optimised": {
+            "images": _ratio(reached, "images", study.seed),
+            "seconds": _ratio(reached, "seconds", study.seed),
+        },
+        "adaptive_over_published": {
+            "images": _ratio(reached, "images", study.seed, "published"),
+            "seconds": _ratio(reached, "seconds", study.seed, "published"),
+        },
+        "design_gain_images": _mean(one.images - other.images for one, other in zip(reached["published"], reached["adaptive"], strict=True)),
+        "stop_gain_images": _mean(len(study.scan.schedule) + 1 - trace.stopped_at for trace in traces["published"] if trace.stopped_at),
+        "decisions_with_suggestion": _mean(advice.block is not None for trace in traces["adaptive"] for advice in trace.advice if advice),
+        "worlds": {name: _of_world(each, len(study.scan.schedule)) for name, each in loops.items()},
+        "anytime_ever_miss": _mean(bool(np.any(trace.log_ratio < np.log(ANYTIME_LEVEL))) for trace in as_described),
+    }
+
+
+def _of_schedule(traces: Sequence[Trace], reached: Sequence[Reached]) -> dict[str, Any]:
+    return {
+        "images_to_target": _mean(each.images for each in reached),
+        "seconds_to_target": _mean(each.seconds for each in reached),
+        "f_error": _mean(each.error[0] for each in reached),
+        "k_error": _mean(each.error[1] for each in reached),
+        "reached": _mean(each.reached for each in reached),
+        "coverage": _mean(float(np.mean(trace.credibility[each.images - 1] <= 0.95)) for trace, each in zip(traces, reached, strict=True)),
+        "distinct_pulses": _mean(len(set(trace.blocks[: each.images])) for trace, each in zip(traces, reached, strict=True)),
+    }
+
+
+def _of_world(traces: Sequence[Trace], n_planned: int) -> dict[str, Any]:
+    stopped = [trace for trace in traces if trace.stopped_at is not None]
+    inside = [bool(trace.credibility[trace.stopped_at - 1, 0] <= 0.95) for trace in stopped if trace.stopped_at]
+    intervals = np.array([trace.inside[trace.stopped_at - 1, 0] for trace in stopped if trace.stopped_at]).reshape(-1, 2)
+    return {
+        "runs": len(traces),
+        "stopped": _mean(trace.stopped_at is not None for trace in traces),
+        "stopped_before_70_percent": _mean(trace.stopped_at is not None and trace.stopped_at < 0.7 * n_planned for trace in traces),
+        "vetoed": _mean(any(trace.vetoed) for trace in traces),
+        "coverage_at_stop": _mean(inside),
+        "f_interval_coverage_at_stop": _mean(intervals[:, 0]),
+        "k_interval_coverage_at_stop": _mean(intervals[:, 1]),
+        "stopped_with_truth_outside": sum(not each for each in inside) / len(traces) if traces else None,
+        "images_at_stop": _mean(trace.stopped_at for trace in stopped if trace.stopped_at),
+    }
+
+
+def _ratio(reached: dict[str, list[Reached]], what: str, seed: int, other: str = "optimised") -> dict[str, float]:
+    """Mean over mean, and the upper 95 % bound of a bootstrap over phantoms (pairs are kept)."""
+    ours, theirs = (np.array([getattr(each, what) for each in reached[name]], float) for name in ("adaptive", other))
+    picks = np.random.default_rng((seed, 4)).integers(len(ours), size=(N_BOOTSTRAP, len(ours)))
+    bootstrapped = ours[picks].mean(axis=1) / theirs[picks].mean(axis=1)
+    return {"ratio": float(ours.mean() / theirs.mean()), "upper_95": float(np.quantile(bootstrapped, 0.95))}
+
+
+def _curves(traces: dict[str, list[Trace]]) -> dict[str, np.ndarray]:
+    """Mean log area over phantoms (median over voxels) after each image."""
+    return {name: np.mean([np.log(np.median(trace.area, axis=1)) for trace in each], axis=0) for name, each in traces.items()}
+
+
+def _mean(values: Iterable[Any]) -> float | None:
+    values = [float(value) for value in values]
+    return float(np.mean(values)) if values else None
+
+
+def _sentence(result: dict[str, Any], out: Path) -> str:
+    needed = ", ".join(f"{name} {each['images_to_target']:.1f}" for name, each in result["schedules"].items())
+    return f"Images to the published schedule's final confidence region: {needed}. Details in {out} and {out.with_suffix('.png')}."
