@@ -118,6 +118,18 @@ def simulate(
 
 
 @app.command()
+def study(
+    scan: ScanOption,
+    repeats: Annotated[int, typer.Option(min=1, help="Phantoms per schedule, and closed loops per world.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.json", help="A figure is written beside it.")],
+) -> None:
+    """Closed loop: fixed, random, optimised and adaptive schedules; stops in worlds that are not as described."""
+    from scansteer.simulators.study import run_study
+
+    run_study(_scan(scan), repeats, out)
+
+
+@app.command()
 def bench(scan: ScanOption, out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Default: standard output.")] = None) -> None:
     """Will this machine keep up with a scan?"""
     from rich.console import Console
