@@ -8,7 +8,7 @@ Decoding, in the coordinate z where the prior is N(0, 1) (core.coordinate), in s
 
 1. the marginal likelihood (that of core.likelihood, with the voxel's own amplitude) at 8 x 8 anchors, raised to the powers
    1, 1/4, .. 1/4096; mean and covariance under each feed a small perceptron that gives a first Gaussian;
-2. two or three times: the same likelihood at nine points of the Gaussian found so far. A Newton step through them, corrected by a
+2. three times, and the third once more: the same likelihood at nine points of the Gaussian found so far. A Newton step through them, corrected by a
    perceptron that sees how far the nine values are from those of a Gaussian, gives the next one.
 
 Weights are shared by all voxels and nothing depends on a neighbour.
@@ -100,6 +100,8 @@ class Plan(eqx.Module):
     """What follows from an encoder's basis and coordinate and is looked up at every image."""
 
     table: Table
+    mean_table: Table
+    """Of the mean signal's functions alone."""
     anchors: Float[Array, "anchor function"]
     places: Float[Array, "anchor 2"]
     """z of the anchors."""
@@ -125,8 +127,10 @@ def plan(encoder: Encoder) -> Plan:
     pairs = np.stack(np.meshgrid(*z, indexing="ij"), axis=-1).reshape(-1, 2)
     mass = [_prior_mass(encoder.coordinate, axis) for axis in (0, 1)]
     single = jnp.float32
+    table = signal_basis.tabulate(encoder.basis)
     return Plan(
-        signal_basis.tabulate(encoder.basis),
+        table,
+        Table(table.rows[..., encoder.basis.blocks[0]]),
         jnp.asarray(anchors, single),
         jnp.asarray(pairs, single),
         jnp.asarray(np.log(np.outer(*mass)).reshape(-1), single),
@@ -235,6 +239,61 @@ def evaluate(encoder: Encoder, plan: Plan, state: State, noise: Noise, z: Float[
     rest = energy[:, None] - 2 * amplitude[:, None] * jnp.sum(left[:, None, mean] * difference, axis=-1)
     rest = rest + amplitude[:, None] ** 2 * jnp.sum(moved[..., mean] * difference, axis=-1)
     return _once(_collapse(*_once((g, p, rest)), amplitude[:, None], noise, state.n_images))  # pyright: ignore[reportCallIssue] - three of them
+
+
+def evaluate_near(encoder: Encoder, plan: Plan, state: State, noise: Noise, z: Float[Array, "voxel point 2"]) -> Fit:
+    """The marginal likelihood about the first of the points: nuisances enter by their columns, amplitude by its noise, as they are there.
+
+    Four times as fast as `evaluate`: nuisances are projected out once for a voxel. Good enough to find the peak nearby; refinements that
+    used it strayed on narrow posteriors (17 % of distances over 4 on the measured phantom, instead of 1 %).
+    """
+    mean, *rest = encoder.basis.blocks
+    single = jnp.float32
+    place = _once([encoder.coordinate.place(axis, z[..., axis]) for axis in (0, 1)])
+    there = _once(plan.table(place[0][:, 0], place[1][:, 0]))
+    centre, columns = there[:, mean], [there[:, block] for block in rest]
+    along = _once(_matvec(state.gram[:, :, mean], centre.astype(jnp.float64)))
+    amplitude = jnp.sum(state.projection[:, mean] * centre, axis=1) / jnp.sum(along[:, mean] * centre, axis=1)
+    left = state.projection - amplitude[:, None] * along
+    energy = state.energy - amplitude * jnp.sum(centre * (state.projection[:, mean] + left[:, mean]), axis=1)
+    amplitude, left, energy, gram = _once([each.astype(single) for each in (amplitude, left, energy, state.gram)])
+    variance = (noise.sigma**2 + noise.discrepancy**2 * amplitude**2).astype(single)
+    ridge = variance / jnp.maximum(amplitude, _TINY) ** 2
+    images = [_matvec(gram[:, :, block], column) for block, column in zip(rest, columns, strict=True)]
+    mixed = [each[:, mean] for each in images]
+    own = {
+        (i, j): jnp.sum(images[i][:, rest[j]] * columns[j], axis=1) + (ridge if i == j else 0.0) for i in range(len(rest)) for j in range(i + 1)
+    }
+    rhs = [jnp.sum(left[:, block] * column, axis=1) for block, column in zip(rest, columns, strict=True)]
+    mixed, own, rhs = _once((mixed, own, rhs))
+    power, aim = jnp.broadcast_to(gram[:, mean, mean], (len(centre), *gram[:, mean, mean].shape[1:])), left[:, mean]
+    for j in range(len(rest) - 1, -1, -1):
+        pivot = own[j, j]
+        power = power - (mixed[j] / pivot[:, None])[:, :, None] * mixed[j][:, None, :]
+        aim = aim - (rhs[j] / pivot)[:, None] * mixed[j]
+        energy = energy - rhs[j] ** 2 / pivot
+        for i in range(j):
+            factor = own[j, i] / pivot
+            mixed[i] = mixed[i] - factor[:, None] * mixed[j]
+            rhs[i] = rhs[i] - factor * rhs[j]
+            for k in range(i + 1):
+                own[i, k] = own[i, k] - factor * own[j, k]
+    at_centre = jnp.sum(power * centre[:, None, :], axis=2)
+    stacked = _once(jnp.concatenate([power, at_centre[:, :, None], aim[:, :, None]], axis=2))
+    difference = _once(plan.mean_table(place[0], place[1]) - centre[:, None])
+    moved = _once(difference @ stacked)
+    n = centre.shape[1]
+    square, cross, gain = jnp.sum(difference * moved[..., :n], axis=2), moved[..., n], moved[..., n + 1]
+    strength = jnp.maximum(jnp.sum(centre * at_centre, axis=1)[:, None] + 2 * cross + square, 1e-12)
+    a = amplitude[:, None]
+    p = jnp.sum(centre * aim, axis=1)[:, None] + gain - a * (cross + square)
+    residual = jnp.maximum(energy[:, None] - 2 * a * gain + a**2 * square - p**2 / strength, 0.0)
+    found = a + p / strength
+    dof, count = (jnp.asarray(each, single) for each in (noise.dof, state.n_images))
+    dof, count = (each[:, None] if each.ndim else each for each in (dof, count))
+    excess = jnp.log1p(residual / (dof * variance[:, None]))
+    log_likelihood = -0.5 * jnp.log(strength) - jnp.log(jnp.maximum(found, _TINY)) - 0.5 * (dof + count - 1) * excess
+    return _once(Fit(log_likelihood, residual, found))
 
 
 def anchor_features(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Float[Array, "voxel feature"]:

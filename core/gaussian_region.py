@@ -73,9 +73,9 @@ def _moments(posterior: Gaussian, coordinate: Coordinate) -> tuple[Float[Array, 
 
 def _area(centre: Float[Array, "voxel 2"], root: Float[Array, "voxel 3"], coordinate: Coordinate) -> Float[Array, " voxel"]:
     """Area in (f, k) of the ellipse centre + root e, |e| <= 1: its area in z times the mean of df/dz dk/dz over it."""
-    radius, weight = np.polynomial.legendre.leggauss(3)
+    radius, weight = np.polynomial.legendre.leggauss(2)
     radius = np.sqrt(0.5 * (radius + 1))  # even in area
-    angle = (np.arange(8) + 0.5) * np.pi / 4
+    angle = (np.arange(6) + 0.5) * np.pi / 3
     disc = np.stack([np.outer(radius, np.cos(angle)), np.outer(radius, np.sin(angle))], axis=-1).reshape(-1, 2)
     weights = jnp.asarray(np.repeat(weight / 2 / len(angle), len(angle)), jnp.float32)
     z = jax.lax.optimization_barrier(coordinates.points(centre, root, jnp.asarray(disc, jnp.float32)))

@@ -300,29 +300,22 @@ def answer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Answer:
     about_mean = coordinates.points(posterior.mean, posterior.root, jnp.asarray(encoders.STENCIL, jnp.float32))
     ends = jnp.stack([peak, 0.5 * (posterior.mean + peak)], axis=1)
     best = _most_probable(encoder, plan, state, noise, jnp.concatenate([about_mean, ends], axis=1))
-    for scale in (0.5, 0.2):
-        about_best = coordinates.points(best.z, posterior.root * scale, jnp.asarray(encoders.STENCIL, jnp.float32))
-        best = _most_probable(encoder, plan, state, noise, about_best)
-    nrmse = jnp.sqrt(best.residual / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
-    summary = gaussian_region.summarise(posterior, best.z, encoder.coordinate)
-    return Answer(Info(summary, nrmse, best.amplitude, jnp.zeros((len(nrmse), 0), jnp.float32)), posterior)
+    about_best = coordinates.points(best, posterior.root * 0.4, jnp.asarray(encoders.STENCIL, jnp.float32))
+    best = _most_probable(encoder, plan, state, noise, about_best)
+    fit = encoders.evaluate(encoder, plan, state, noise, best[:, None])
+    nrmse = jnp.sqrt(fit.residual[:, 0] / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
+    summary = gaussian_region.summarise(posterior, best, encoder.coordinate)
+    return Answer(Info(summary, nrmse, fit.amplitude[:, 0], jnp.zeros((len(nrmse), 0), jnp.float32)), posterior)
 
 
-class _Best(NamedTuple):
-    z: jax.Array
-    residual: jax.Array
-    amplitude: jax.Array
-
-
-def _most_probable(encoder: Encoder, plan: Plan, state: State, noise: Noise, candidates: Float[jax.Array, "voxel point 2"]) -> _Best:
-    """Of each voxel's candidates, the one of the highest density over (f, k)."""
+def _most_probable(
+    encoder: Encoder, plan: Plan, state: State, noise: Noise, candidates: Float[jax.Array, "voxel point 2"]
+) -> Float[jax.Array, "voxel 2"]:
+    """Of each voxel's candidates (z), near the first, the one of the highest density over (f, k)."""
     held = jnp.clip(candidates, -4.5, 4.5)
-    fit = encoders.evaluate(encoder, plan, state, noise, held)
-    values = [encoder.coordinate.value(axis, held[..., axis]) for axis in (0, 1)]
-    height = fit.log_likelihood + encoder.coordinate.log_prior(0, values[0]) + encoder.coordinate.log_prior(1, values[1])
-    best = jnp.argmax(height, axis=1)[:, None]
-    z = jnp.take_along_axis(held, best[..., None], axis=1)[:, 0]
-    return _Best(z, *(jnp.take_along_axis(each, best, axis=1)[:, 0] for each in (fit.residual, fit.amplitude)))
+    height = encoders.evaluate_near(encoder, plan, state, noise, held).log_likelihood
+    height = height + sum(encoder.coordinate.log_prior(axis, encoder.coordinate.value(axis, held[..., axis])) for axis in (0, 1))
+    return jnp.take_along_axis(held, jnp.argmax(height, axis=1)[:, None, None], axis=1)[:, 0]
 
 
 def _step(fixed, state: State, signal, kinds: tuple[int, ...]) -> tuple[State, Answer]:

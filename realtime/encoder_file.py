@@ -59,7 +59,7 @@ def to_bytes(trained: Trained) -> bytes:
     leaves = jax.tree.leaves(eqx.filter(trained.encoder, eqx.is_array))
     arrays = {f"leaf_{index:02d}": np.asarray(leaf) for index, leaf in enumerate(leaves)}
     packed = io.BytesIO()
-    np.savez_compressed(packed, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
+    np.savez_compressed(packed, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
     return packed.getvalue()
 
 
