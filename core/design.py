@@ -25,10 +25,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scansteer.core import lattice, predictive
 from scansteer.core.lattice import Box
+from scansteer.core.whitening import log_determinant, whiten
 
 N_DRAWS = 16
-NARROW = 12.0
-"""A posterior on fewer lattice cells than this (inverse of the sum of squared masses) is linearised."""
+NARROW = 1.5
+"""A posterior whose smaller principal standard deviation is less than this [lattice steps] is linearised: draws on the lattice would
+blur what is known best, and pulses would be chosen that measure it once more."""
 
 
 class Draws(NamedTuple):
@@ -50,6 +52,7 @@ class Conditional(eqx.Module):
     mean: Float[Array, "voxel draw node_"]
     """[pixel units]"""
     root: Float[Array, "voxel draw node_ column"]
+    """Amplitude and nuisances of every mixture component, and how the components' means differ."""
     variance: Float[Array, "voxel draw"]
     """s^2, noise and discrepancy [pixel^2]."""
 
@@ -57,10 +60,13 @@ class Conditional(eqx.Module):
 class Question(eqx.Module):
     """What is asked about a few voxels: where their posteriors lie, and what the images so far say there."""
 
-    weights: Float[Array, "voxel column node_"]
+    weights: Float[Array, "voxel mixture column node_"]
     """From the star's nodes, and a last node that always reads 1, to the likelihood's columns."""
-    gram: Float[Array, "voxel draw column column"]
-    projection: Float[Array, "voxel draw column"]
+    gram: Float[Array, "voxel draw mixture column column"]
+    projection: Float[Array, "voxel draw mixture column"]
+    energy: Float[Array, " voxel"]
+    n_images: Float[Array, ""]
+    """These four as in `likelihood.Sums`, at the draws."""
     shift: Float[Array, "voxel nuisance"]
     """Known means of the nuisances' coefficients."""
     draw_weights: Float[Array, "voxel draw"]
@@ -69,6 +75,8 @@ class Question(eqx.Module):
     """Sums to 1."""
     variance: Float[Array, ""]
     """Of the noise of one pixel [pixel^2]."""
+    dof: Float[Array, ""]
+    """Degrees of freedom behind it."""
     discrepancy: Float[Array, ""]
     """Variance of the model's error per image [fraction of M0, squared]."""
 
@@ -124,7 +132,7 @@ def draw(
     mass /= mass.sum(axis=1, keepdims=True)
     wide = _systematic(mass, np.random.default_rng(seed).uniform(size=len(mass)))
     narrow = _about(mean, covariance, box)
-    is_narrow = 1 / np.sum(mass**2, axis=1) < NARROW
+    is_narrow = np.linalg.eigvalsh(_in_steps(mean, covariance, box)[1])[:, 0] < NARROW**2
     return Draws(*(np.where(is_narrow.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(narrow, wide, strict=True)))
 
 
@@ -168,21 +176,45 @@ def answer(
 
 
 def condition(question: Question) -> Conditional:
-    """Fit amplitude and nuisances at every draw from the running sums there."""
+    """Fit amplitude and nuisances at every draw from the running sums there; mixture components by their evidence."""
     n_columns = question.gram.shape[-1]
     centring = jnp.eye(n_columns) + jnp.pad(question.shift[:, :, None], ((0, 0), (1, 0), (0, n_columns - 1)))  # F + X shift, X
-    gram = jnp.einsum("vic,vkij,vjd->vkcd", centring, question.gram, centring)
-    projection = jnp.einsum("vic,vki->vkc", centring, question.projection)
+    gram = jnp.einsum("vic,vkmij,vjd->vkmcd", centring, question.gram, centring)
+    projection = jnp.einsum("vic,vkmi->vkmc", centring, question.projection)
     implied = jnp.maximum(projection[..., 0] / gram[..., 0, 0], 1e-9) ** 2
     variance = question.variance + question.discrepancy * implied
     is_nuisance = jnp.arange(n_columns) > 0
-    ridge = jnp.where(is_nuisance, (variance / implied)[..., None], 1e-9 * gram[..., 0, 0][..., None])
-    lower = jnp.linalg.cholesky(gram + ridge[..., None] * jnp.eye(n_columns))
-    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.broadcast_to(jnp.eye(n_columns), lower.shape), lower=True)
-    to_nodes = jnp.einsum("vic,vin->vnc", centring, question.weights)
-    root = jnp.einsum("vnc,vkec->vkne", to_nodes, inverse)
-    mean = jnp.einsum("vkne,vkec,vkc->vkn", root, inverse, projection)
-    return Conditional(*(each.astype(jnp.float32) for each in (mean, root, variance)))
+    ridge = variance / implied
+    added = jnp.where(is_nuisance, ridge[..., None], 1e-9 * gram[..., 0, 0][..., None])
+    inverse = whiten(gram + added[..., None] * jnp.eye(n_columns))
+    fitted = jnp.einsum("vkmec,vkmc->vkme", inverse, projection)
+    share = jax.nn.softmax(_log_evidence(question, fitted, inverse, implied, variance), axis=-1)
+    to_nodes = jnp.einsum("vic,vmin->vmnc", centring, question.weights)
+    root = jnp.einsum("vmnc,vkmec->vkmne", to_nodes, inverse)
+    return _mixed(share, jnp.einsum("vkmne,vkme->vkmn", root, fitted), root, variance)
+
+
+def _log_evidence(question: Question, fitted: Array, whitener: Array, implied: Array, variance: Array) -> Float[Array, "voxel draw mixture"]:
+    """As `likelihood.fit` has it."""
+    n_nuisances = whitener.shape[-1] - 1
+    residual = jnp.maximum(question.energy[:, None, None] - jnp.sum(fitted**2, axis=-1), 0.0)
+    occam = log_determinant(whitener) + jnp.log(implied)
+    occam = occam - n_nuisances * jnp.log(variance / implied)
+    excess = jnp.log1p(residual / (question.dof * variance))
+    n = question.n_images - 1
+    return -0.5 * occam - 0.5 * n * jnp.log(variance) - 0.5 * (question.dof + n) * excess
+
+
+def _mixed(share: Array, mean: Array, root: Array, variance: Array) -> Conditional:
+    """One Gaussian with the mixture's mean and variance; (voxel, draw, mixture, ..) in."""
+    centre = jnp.einsum("vkm,vkmn->vkn", share, mean)
+    total = jnp.einsum("vkm,vkm->vk", share, variance)
+    within = root * jnp.sqrt(share * variance / total[..., None])[..., None, None]
+    roots = jnp.moveaxis(within, 2, 3).reshape(*centre.shape, -1)
+    if share.shape[2] > 1:
+        between = (mean - centre[:, :, None]) * jnp.sqrt(share / total[..., None])[..., None]
+        roots = jnp.concatenate([roots, jnp.moveaxis(between, 2, 3)], axis=-1)
+    return Conditional(*(each.astype(jnp.float32) for each in (centre, roots, total)))
 
 
 Read = tuple[Float[Array, "voxel draw image"], list[Float[Array, "voxel draw image"]]]
@@ -211,8 +243,8 @@ def joint_gain(
     varied = jnp.stack(along, axis=-1) * counts[:, None] * jnp.sqrt(share)[..., None, None]
     blur = jnp.einsum("vkie,vkje->vij", varied, varied) + jnp.sum(share, axis=1)[:, None, None] * jnp.eye(len(counts), dtype=varied.dtype)
     spread = jnp.einsum("vki,vhk->vih", mean * counts, contrast)
-    half = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(blur), spread, lower=True)
-    return 0.5 * jnp.linalg.slogdet(jnp.eye(half.shape[2], dtype=half.dtype) + jnp.einsum("vih,vig->vhg", half, half))[1]
+    half = whiten(blur) @ spread
+    return 0.5 * log_determinant(whiten(jnp.eye(half.shape[2], dtype=half.dtype) + jnp.einsum("vih,vig->vhg", half, half)))
 
 
 def _read(signals: Float[Array, "voxel draw node image"], given: Conditional) -> Read:
@@ -262,10 +294,8 @@ def _systematic(mass: Float[np.ndarray, "voxel cell"], start: Float[np.ndarray, 
 def _about(mean: Float[np.ndarray, "voxel 2"], covariance: Float[np.ndarray, "voxel 2 2"], box: Box) -> Draws:
     """The cell nearest to the mean and its four neighbours; the contrast is a root of the covariance times their differences."""
     n = np.array(box.n_points)
-    centre = np.stack([np.asarray(box.position(axis, jnp.asarray(mean[:, axis], jnp.float64))) for axis in (0, 1)], axis=1)
+    centre, in_steps = _in_steps(mean, covariance, box)
     nearest = np.clip(np.rint(centre), 1, n - 2).astype(int)
-    slope = np.stack([np.asarray(box.slope(axis, jnp.asarray(np.maximum(centre[:, axis], 0.5)))) for axis in (0, 1)], axis=1)
-    in_steps = np.asarray(covariance, float) / slope[:, :, None] / slope[:, None, :]
     root = np.linalg.cholesky(in_steps + 1e-9 * np.eye(2))
     moves = np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)] + [(0, 0)] * (N_DRAWS - 5))
     at = nearest[:, None] + moves
@@ -276,3 +306,12 @@ def _about(mean: Float[np.ndarray, "voxel 2"], covariance: Float[np.ndarray, "vo
     weights = np.zeros((len(mean), N_DRAWS))
     weights[:, 0] = 1.0
     return Draws(at[:, :, 0] * n[1] + at[:, :, 1], weights, contrast)
+
+
+def _in_steps(
+    mean: Float[np.ndarray, "voxel 2"], covariance: Float[np.ndarray, "voxel 2 2"], box: Box
+) -> tuple[Float[np.ndarray, "voxel 2"], Float[np.ndarray, "voxel 2 2"]]:
+    """Mean and covariance in lattice steps."""
+    centre = np.stack([np.asarray(box.position(axis, jnp.asarray(mean[:, axis], jnp.float64))) for axis in (0, 1)], axis=1)
+    slope = np.stack([np.asarray(box.slope(axis, jnp.asarray(np.maximum(centre[:, axis], 0.5)))) for axis in (0, 1)], axis=1)
+    return centre, np.asarray(covariance, float) / slope[:, :, None] / slope[:, None, :]

@@ -27,7 +27,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 class Sums(eqx.Module):
@@ -86,6 +86,16 @@ def update(sums: Sums, columns: Float[Array, "column mixture cell"], signal: Flo
         energy=sums.energy + signal**2,
         n_images=sums.n_images + 1,
     )
+
+
+def at_cells(sums: Sums, voxel: int, cells: Int[np.ndarray, " draw"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One voxel's sums at a few cells: gram (draw, mixture, column, column), projection (draw, mixture, column), energy. In NumPy."""
+    n = sums.projection.shape[0]
+    pair = np.zeros((n, n), int)
+    pair[np.triu_indices(n)] = np.arange(len(sums.gram))
+    gram = np.asarray(sums.gram)[:, :, cells, 0][np.maximum(pair, pair.T)]
+    projection = np.asarray(sums.projection)[:, :, cells, voxel]
+    return np.transpose(gram, (3, 2, 0, 1)), np.transpose(projection, (2, 1, 0)), np.asarray(sums.energy)[voxel]
 
 
 def fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None = None) -> Fit:

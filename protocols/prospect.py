@@ -127,8 +127,8 @@ class Prospect:
         one = jax.tree.map(lambda leaf: leaf[None], self._known_map_of(begun))
         return np.asarray(self._predict_ahead(self._coarse, course.magnetisation, one))
 
-    def columns(self, maps: dict[str, Measured]) -> Float[np.ndarray, "column node_"]:
-        """From the coarse nodes to the likelihood's columns; the middle component where nuisances are a mixture.
+    def columns(self, maps: dict[str, Measured]) -> Float[np.ndarray, "mixture column node_"]:
+        """From the coarse nodes to the likelihood's columns.
 
         Parameters
         ----------
@@ -137,10 +137,17 @@ class Prospect:
         """
         key = frozenset(maps.items())
         if key not in self._weights:
-            columns = predictive.columns(self._star, maps)
-            lower, upper = bounds(self.scan.readout.offset)
-            self._weights[key] = nuisance.with_offset(columns, 0.5 * (lower + upper), (upper - lower) / 12**0.5)[len(columns) // 2]
+            self._weights[key] = self._with_offset(predictive.columns(self._star, maps))
         return self._weights[key]
+
+    def plain_columns(self) -> Float[np.ndarray, "column node_"]:
+        """The same without maps and without mixtures: every nuisance over all of its range."""
+        whole = self._star._replace(axes=tuple(axis._replace(n_slices=1) for axis in self._star.axes))
+        return self._with_offset(predictive.columns(whole, {}))[0]
+
+    def _with_offset(self, columns: Float[np.ndarray, "mixture column node"]) -> np.ndarray:
+        lower, upper = bounds(self.scan.readout.offset)
+        return nuisance.with_offset(columns, 0.5 * (lower + upper), (upper - lower) / 12**0.5)
 
     def answer(self, course: Course, question: Question, rows: Rows, next_repetition: int) -> Answer:
         """Expected gains of all candidates, and of the schedule from `next_repetition` on."""

@@ -71,11 +71,14 @@ class Advisor:
             weights=np.stack([self._prospect.columns(maps) for maps in running.maps]),
             gram=running.gram,
             projection=running.projection,
+            energy=running.energy,
+            n_images=jnp.asarray(running.n_images),
             shift=running.shift,
             draw_weights=drawn.weights,
             contrast=drawn.contrast,
             importance=importance,
             variance=jnp.asarray(noise.sigma**2),
+            dof=jnp.asarray(float(noise.dof)),
             discrepancy=jnp.asarray(self.scan.noise.discrepancy**2),
         )
         return question, design.rows(drawn.cells, box.n_points)

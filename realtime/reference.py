@@ -37,10 +37,12 @@ MAX_BYTES = 6 * 2**30
 
 
 class Running(NamedTuple):
-    """What the images so far sum up to at a few lattice cells of a few voxels; the middle component where nuisances are a mixture."""
+    """What the images so far sum up to at a few lattice cells of a few voxels."""
 
-    gram: Float[np.ndarray, "voxel draw column column"]
-    projection: Float[np.ndarray, "voxel draw column"]
+    gram: Float[np.ndarray, "voxel draw mixture column column"]
+    projection: Float[np.ndarray, "voxel draw mixture column"]
+    energy: Float[np.ndarray, " voxel"]
+    n_images: float
     maps: list[dict[str, Measured]]
     """Of each voxel's block: where its signals are linearised."""
     shift: Float[np.ndarray, "voxel nuisance"]
@@ -149,19 +151,14 @@ class Reference:
 
     def running(self, voxels: Int[np.ndarray, " voxel"], cells: Int[np.ndarray, "voxel draw"]) -> Running:
         """The running sums at some cells of some voxels, for the choice of the next pulse."""
-        n, middle = len(self._coefficients) + 1, self._n_mixture // 2
-        pair = np.zeros((n, n), int)
-        pair[np.triu_indices(n)] = np.arange(n * (n + 1) // 2)
-        pair = np.maximum(pair, pair.T)
+        n = len(self._coefficients) + 1
         numbers, places = np.divmod(self._where[voxels], BLOCK)
-        sums = [self._sums[number] for number in numbers]
-        gram = [np.asarray(one.gram)[:, middle, at, 0][pair] for one, at in zip(sums, cells, strict=True)]
-        projection = [np.asarray(one.projection)[:, middle, at, place] for one, at, place in zip(sums, cells, places, strict=True)]
+        at = [likelihood.at_cells(self._sums[number], place, row) for number, place, row in zip(numbers, places, cells, strict=True)]
         none = np.zeros((n - 1, BLOCK))
         shifts = [none if (known := self._shifts[number]) is None else np.asarray(known) for number in numbers]
         return Running(
-            np.moveaxis(np.stack(gram), -1, 1),
-            np.moveaxis(np.stack(projection), -1, 1),
+            *(np.stack(each) for each in zip(*at, strict=True)),
+            float(self._sums[0].n_images),
             [self._measured_in[number] for number in numbers],
             np.stack([shift[:, place] for shift, place in zip(shifts, places, strict=True)]),
         )

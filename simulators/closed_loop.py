@@ -57,11 +57,12 @@ def fixed(_number: int, _course: Course, _followed: Followed, _info: Info) -> No
     return
 
 
-def adaptive(follower: Follower, prospect: Prospect, sigma: float) -> Choose:
+def adaptive(follower: Follower, prospect: Prospect, scene: Scene) -> Choose:
     """What the prospect advises."""
+    noise = _measured_noise(scene)
 
     def choose(number: int, course: Course, followed: Followed, info: Info) -> Advice:
-        question, rows = follower.question(followed, info, prospect, sigma)
+        question, rows = follower.question(followed, info, prospect, noise)
         return prospect.advise(course, prospect.answer(course, question, rows, number))
 
     return choose

@@ -101,23 +101,27 @@ class Follower:
         info = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(info for _, info in steps))
         return replace(followed, state=state, sums=tuple(sums for sums, _ in steps), n_images=followed.n_images + 1), info
 
-    def question(self, followed: Followed, info: Info, prospect: Prospect, sigma: float) -> tuple[Question, Rows]:
+    def question(self, followed: Followed, info: Info, prospect: Prospect, noise: NoiseEstimate) -> tuple[Question, Rows]:
         """What the prospect is asked: all voxels count the same."""
         summary, box = info.summary, self.prior.box
         seed = design.seed_of(self.scan.name, followed.n_images - 1)
         drawn = design.draw(info.log_posterior, summary.mean, summary.covariance, box, seed)
-        gram, projection = self._running(followed, drawn.cells)
+        size = len(drawn.cells) // len(followed.sums)
+        at = [likelihood.at_cells(followed.sums[voxel // size], voxel % size, row) for voxel, row in enumerate(drawn.cells)]
+        gram, projection, energy = (np.stack(each) for each in zip(*at, strict=True))
         n_voxels, n_columns = len(drawn.cells), gram.shape[-1]
-        each = n_voxels // len(followed.measured)
         question = Question(
-            weights=np.repeat(np.stack([prospect.columns(maps) for maps in followed.measured]), each, axis=0),
+            weights=np.repeat(np.stack([prospect.columns(maps) for maps in followed.measured]), size, axis=0),
             gram=gram,
             projection=projection,
+            energy=energy,
+            n_images=jnp.asarray(float(followed.n_images)),
             shift=np.zeros((n_voxels, n_columns - 1)),
             draw_weights=drawn.weights,
             contrast=drawn.contrast,
             importance=np.full(n_voxels, 1 / n_voxels),
-            variance=jnp.asarray(sigma**2),
+            variance=jnp.asarray(noise.sigma**2),
+            dof=jnp.asarray(float(noise.dof)),
             discrepancy=jnp.asarray(self.scan.noise.discrepancy**2),
         )
         return question, design.rows(drawn.cells, box.n_points)
@@ -141,19 +145,6 @@ class Follower:
         described = self.scan.auxiliaries[name]  # type: ignore[index]
         floor = 1e-3 * (described.upper - described.lower)
         return Measured(float(value), max(float(np.hypot(described.map_error, described.map_error_relative * value)), floor))
-
-    def _running(self, followed: Followed, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        n = followed.sums[0].projection.shape[0]
-        pair = np.zeros((n, n), int)
-        pair[np.triu_indices(n)] = np.arange(n * (n + 1) // 2)
-        pair = np.maximum(pair, pair.T)
-        size = len(cells) // len(followed.sums)
-        gram, projection = [], []
-        for voxel, at in enumerate(cells):
-            sums = followed.sums[voxel // size]
-            gram.append(np.asarray(sums.gram)[:, 0, at, 0][pair])
-            projection.append(np.asarray(sums.projection)[:, 0, at, voxel % size])
-        return np.moveaxis(np.stack(gram), -1, 1), np.moveaxis(np.stack(projection), -1, 1)
 
 
 def _play(model, reading, state, block, place):

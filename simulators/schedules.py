@@ -64,7 +64,7 @@ def draws_at(prospect: Prospect, shares: Float[np.ndarray, "draw 2"], noise: flo
     outer = lambda f, k: (f[:, :, None] * k[:, None, :]).reshape(len(f), -1)  # noqa: E731
     rows = outer(value[0], value[1]), outer(slope[0], value[1]), outer(value[0], slope[1])
     total = np.hypot(noise, prospect.scan.noise.discrepancy)
-    return Draws(rows, np.asarray(prospect.columns({})), prior_precision, float(total))
+    return Draws(rows, prospect.plain_columns(), prior_precision, float(total))
 
 
 def optimise(
