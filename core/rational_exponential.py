@@ -36,6 +36,8 @@ SAFE_REAL_PART = -28.0
 """Left of it the sum is exp to 3e-10, whatever the imaginary part."""
 FAR = 40.0
 """Poles end at |Im| = 17: eigenvalues with larger imaginary parts than this do not come near one."""
+OUT_OF_REACH = 300.0
+"""With an imaginary part larger than this the sum is below 1e-11."""
 
 
 def remainder(x: Complex[Array, "..."]) -> Complex[Array, "..."]:
