@@ -165,16 +165,13 @@ def decode_frame(message: bytes | bytearray | memoryview, *, max_voxels: int = M
     meta_bytes, payload = _split(view)
     dtype = _payload_dtype(header.data_type, math.prod(shape), len(payload))
     meta = parse_meta(meta_bytes)
-    stored = np.frombuffer(payload, dtype).reshape(shape)
-    pixels = _rescale(stored.astype(np.complex128 if stored.dtype.kind == "c" else np.float64), meta)
     role = role_of(meta, header.image_type)
-    if pixels.dtype.kind == "c":
-        pixels = np.abs(pixels)
     if shape[0] > 1 and role not in ("image", "other"):
         raise InputError(f"The {role} map has {shape[0]} channels; send one combined map.")
-    pixels = np.sqrt(np.sum(pixels**2, axis=0)) if shape[0] > 1 else pixels[0]
+    with np.errstate(invalid="ignore", over="ignore"):  # a signalling NaN or a sum of squares beyond float64 is `check_usable`'s
+        pixels = _combined(_rescale(_widened(np.frombuffer(payload, dtype).reshape(shape)), meta)) * _unit_factor(role, meta)
     return Frame(
-        pixels=pixels * _unit_factor(role, meta),
+        pixels=pixels,
         geometry=_geometry(header),
         role=role,
         repetition=header.repetition,
@@ -331,6 +328,16 @@ def _payload_dtype(data_type: int, n_values: int, n_bytes: int) -> np.dtype:
     if n_bytes != n_values * dtype.itemsize:
         raise InputError(f"The image message has {n_bytes} bytes of pixels, its header declares {n_values * dtype.itemsize}.")
     return dtype
+
+
+def _widened(stored: np.ndarray) -> np.ndarray:
+    return stored.astype(np.complex128 if stored.dtype.kind == "c" else np.float64)
+
+
+def _combined(channels: np.ndarray) -> np.ndarray:
+    """Magnitude of complex values, root sum of squares of several channels; shape (z, y, x)."""
+    pixels = np.abs(channels) if channels.dtype.kind == "c" else channels
+    return np.sqrt(np.sum(pixels**2, axis=0)) if len(pixels) > 1 else pixels[0]
 
 
 def parse_meta(raw: bytes | memoryview) -> dict[str, str]:

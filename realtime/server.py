@@ -19,11 +19,12 @@ import zmq
 
 from scansteer.core.errors import InputError, ScansteerError
 from scansteer.realtime.auth import Guard, check_endpoint
-from scansteer.realtime.broker import Broker, Outgoing
+from scansteer.realtime.broker import Broker
 from scansteer.realtime.client import milliseconds
 from scansteer.realtime.codec import MAX_ENVELOPE_BYTES
 from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.logs import log_to_stderr
+from scansteer.realtime.outbox import Outgoing
 from scansteer.realtime.sessions import purge_old
 from scansteer.realtime.worker import Event, MakeSession, Worker
 

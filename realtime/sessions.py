@@ -15,8 +15,8 @@ from scansteer.core.errors import InputError, ScansteerError
 from scansteer.protocols.scan import Scan, to_yaml
 from scansteer.realtime import journal
 from scansteer.realtime.codec import decode
-from scansteer.realtime.hosted import Folder, count_lines
 from scansteer.realtime.messages import Image, Open
+from scansteer.realtime.session_folder import SessionFolder
 
 _CLOSE = (4).to_bytes(2, "little")
 _IMAGE = (1022).to_bytes(2, "little")
@@ -41,7 +41,7 @@ def list_sessions(data_dir: Path) -> list[StoredSession]:
     """Every session in a data folder, oldest first."""
     if not data_dir.is_dir():
         return []
-    stored = [_describe(Folder(path)) for path in data_dir.iterdir() if (path / "journal").is_file()]
+    stored = [_describe(SessionFolder(path)) for path in data_dir.iterdir() if (path / "journal").is_file()]
     return sorted(stored, key=lambda session: session.modified)
 
 
@@ -107,7 +107,7 @@ def _purge(data_dir: Path, older_than_days: float, unfinished: bool) -> list[str
     return chosen
 
 
-def _describe(folder: Folder) -> StoredSession:
+def _describe(folder: SessionFolder) -> StoredSession:
     stat = folder.journal.stat()
     scan, n_images, damaged = "", 0, False
     try:
@@ -125,7 +125,7 @@ def _describe(folder: Folder) -> StoredSession:
         session_id=folder.path.name,
         scan=scan,
         n_images=n_images,
-        n_decisions=count_lines(folder.decisions),
+        n_decisions=folder.count_decisions(),
         n_bytes=sum(path.stat().st_size for path in folder.path.iterdir()),
         closed=folder.closed.exists(),
         modified=stat.st_mtime,
@@ -133,7 +133,7 @@ def _describe(folder: Folder) -> StoredSession:
     )
 
 
-def _export_journal(folder: Folder, archive: zipfile.ZipFile) -> int:
+def _export_journal(folder: SessionFolder, archive: zipfile.ZipFile) -> int:
     n_images = 0
     with archive.open("images.mrd", "w", force_zip64=True) as stream:
         opening: Open | None = None
@@ -151,8 +151,8 @@ def _export_journal(folder: Folder, archive: zipfile.ZipFile) -> int:
     return n_images
 
 
-def _existing(data_dir: Path, session_id: str) -> Folder:
-    folder = Folder(data_dir / session_id)
+def _existing(data_dir: Path, session_id: str) -> SessionFolder:
+    folder = SessionFolder(data_dir / session_id)
     if Path(session_id).name != session_id or not folder.journal.is_file():
         names = [session.session_id for session in list_sessions(data_dir)]
         raise InputError(f"There is no session {session_id!r} in {data_dir}; there are: {', '.join(names) or 'none'}.")

@@ -330,8 +330,7 @@ class Worker:
 def run_job(job: Job) -> list[Event]:
     """Run a job; whatever it raises becomes that session's failure and nobody else's."""
     try:
-        with np.errstate(invalid="ignore"):  # pixels that are not numbers are refused by name, not warned of
-            return job()
+        return job()
     except InputError as error:
         return [Failed(str(error))]
     except Exception as error:  # whatever it is, it must not reach the other sessions

@@ -11,11 +11,11 @@ import ismrmrd
 import pytest
 
 from scansteer.realtime import journal
-from scansteer.realtime.broker import Broker, Outgoing
+from scansteer.realtime.broker import Broker
 from scansteer.realtime.client import image_of
 from scansteer.realtime.codec import decode, encode
 from scansteer.realtime.config import Limits, ServeConfig
-from scansteer.realtime.hosted import IMAGE_FACTS
+from scansteer.realtime.image_check import IMAGE_FACTS
 from scansteer.realtime.messages import (
     Close,
     Control,
@@ -30,6 +30,7 @@ from scansteer.realtime.messages import (
     Subscribe,
     WireMessage,
 )
+from scansteer.realtime.outbox import Outgoing
 from scansteer.realtime.worker import run_job
 
 PULSE = PlayedPulse(b1_ut=1.0, offset_ppm=3.0, t_sat_s=1.0, t_rec_s=1.0)
@@ -396,9 +397,9 @@ def test_a_new_mask_during_the_scan_changes_the_region(stage, opening, make_imag
 
 def recovered(stage: Stage, config: ServeConfig, make) -> Stage:
     """Another broker on the same folder, as after a kill: nothing is flushed or closed."""
-    assert stage.broker._lock is not None
-    os.close(stage.broker._lock)  # what the kernel does with a lock when its process dies
-    stage.broker._lock = None
+    assert stage.broker.sessions._lock is not None
+    os.close(stage.broker.sessions._lock)  # what the kernel does with a lock when its process dies
+    stage.broker.sessions._lock = None
     return Stage(config, make)
 
 
@@ -424,7 +425,7 @@ def test_recovery_repeats_everything_that_has_to_do_with_order(stage, opening, m
 
     for part in range(4):
         act(stage, part)
-    expected = stage.broker._sessions["s"].decisions
+    expected = stage.broker.sessions.get("s").decisions
     for crash_after in range(4):
         config = serve_config.model_copy(update={"data_dir": serve_config.data_dir / f"crash-{crash_after}"})
         other = Stage(config, fake_session)
@@ -433,7 +434,7 @@ def test_recovery_repeats_everything_that_has_to_do_with_order(stage, opening, m
             if part == crash_after:
                 other = recovered(other, config, fake_session)
         other.work()
-        assert other.broker._sessions["s"].decisions == expected
+        assert other.broker.sessions.get("s").decisions == expected
         other.broker.close()
 
 
@@ -452,7 +453,7 @@ def test_a_damaged_record_is_asked_for_again(stage, opening, make_image, serve_c
     assert "damaged" in session.warnings[0]
     assert [message.kind for message in second.image("s", make_image(1))] == ["accepted"]
     second.work()
-    assert [decision.repetition for decision in second.broker._sessions["s"].decisions] == [0, 1, 2]
+    assert [decision.repetition for decision in second.broker.sessions.get("s").decisions] == [0, 1, 2]
     second.broker.close()
 
 

@@ -147,7 +147,7 @@ def attack_broker(config: ServeConfig, make, scan, make_image, count: int) -> No
             before = resident_bytes()
     broker.tick()
     assert resident_bytes() < 1.1 * before
-    decisions = broker._sessions["running"].decisions
+    decisions = broker.sessions.get("running").decisions
     assert [decision.repetition for decision in decisions] == list(range(30))
     assert decisions[-1].reason == undisturbed(make, scan, make_image)
     broker.close()
