@@ -211,7 +211,7 @@ class Encoded:
         if self._history is not None:
             self._history.append((np.asarray(expected), signal, noise))
         self._sampled = self._reference.learn(expected, signal[self._audited], noise)
-        self.audit = self._judge(answer.posterior, self._sampled)
+        self.audit = self._judge(answer.posterior)
         apart = self._n_images >= FIRST_AUDITED and _disagree(self.audit)
         self.veto = None
         return self._hand_over(answer.info) if apart else answer.info
@@ -236,13 +236,13 @@ class Encoded:
         self._volume.close()
         self._reference.close()
 
-    def _judge(self, posterior: Gaussian, sampled: Info) -> Audit:
+    def _judge(self, posterior: Gaussian) -> Audit:
         """Encoder against reference on the audited voxels; always the same number, the last one repeated."""
         n = len(self._audited)
         rows = np.minimum(np.arange(N_AUDITED), n - 1)
         ours = jax.tree.map(lambda leaf: jnp.asarray(leaf[self._audited[rows]]), posterior)
         key = jax.random.fold_in(jax.random.PRNGKey(self._seed), self._n_images)
-        m1, m2 = (np.asarray(each)[:n] for each in self._compare(key, ours, jnp.asarray(sampled.log_posterior[rows])))
+        m1, m2 = (np.asarray(each)[:n] for each in self._compare(key, ours, jnp.asarray(self._reference.log_posterior(rows))))
         over = max(float(np.mean(m1 > agreement.TOO_FAR)), float(np.mean(m2 > agreement.TOO_FAR)))
         return Audit(n_voxels=n, m1_median=_bounded(np.median(m1)), m2_median=_bounded(np.median(m2)), fraction_over_4=over)
 
@@ -305,7 +305,7 @@ def answer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Answer:
     fit = encoders.evaluate(encoder, plan, state, noise, best[:, None])
     nrmse = jnp.sqrt(fit.residual[:, 0] / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
     summary = gaussian_region.summarise(posterior, best, encoder.coordinate)
-    return Answer(Info(summary, nrmse, fit.amplitude[:, 0], jnp.zeros((len(nrmse), 0), jnp.float32)), posterior)
+    return Answer(Info(summary, nrmse, fit.amplitude[:, 0]), posterior)
 
 
 def _most_probable(
@@ -343,18 +343,26 @@ def engine_maker(encoder: str | None) -> Callable[[Scan, list[str]], Reference |
     """What computes a session's posteriors, by the command line's `--encoder`.
 
     `none`: the reference. A file: that encoder, refused if it belongs to another scan or other maps. Nothing: the encoder that is shipped with
-    the scan if there is one for these maps, else the reference.
+    the scan; the reference if there is none, or if it does not fit, which is said.
+
+    Raises
+    ------
+    InputError
+        The file is not an encoder.
     """
+    given = None if encoder in (None, "none") else load(Path(encoder))
 
     def make(scan: Scan, mapped: list[str]) -> Reference | Encoded:
-        if encoder == "none":
+        if given is not None:
+            return Encoded(scan, mapped, given)
+        trained = shipped(scan) if encoder is None else None
+        if trained is None:
             return Reference(scan, mapped)
-        if encoder is not None:
-            return Encoded(scan, mapped, load(Path(encoder)))
-        trained = shipped(scan)
         try:
-            return Reference(scan, mapped) if trained is None else Encoded(scan, mapped, trained)
-        except InputError:
-            return Reference(scan, mapped)
+            return Encoded(scan, mapped, trained)
+        except InputError as error:
+            reference = Reference(scan, mapped)
+            reference.said = f"{error} The reference decides."
+            return reference
 
     return make

@@ -20,6 +20,7 @@ from scansteer.protocols.scan import Scan
 from scansteer.realtime import maps as map_files
 from scansteer.realtime import roi as roi_files
 from scansteer.realtime.client import Client
+from scansteer.realtime.encoded import engine_maker
 from scansteer.realtime.images import Frame, Role, encode_frame
 from scansteer.realtime.messages import Decision
 from scansteer.realtime.outputs import DecisionLog, write_outputs
@@ -57,8 +58,8 @@ class Runner(Protocol):
 class Here:
     """A session in this process."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._session = Session(setup)
+    def __init__(self, setup: Setup, encoder: str | None) -> None:
+        self._session = session_maker(encoder=encoder)(setup)
 
     def decide(self, image: StoredImage) -> Decision:
         try:
@@ -121,6 +122,8 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
         The file was cut off, or images could not be used; what could be is in `out`.
     """
     console = Console(stderr=True)
+    if options.connect is not None and options.encoder not in (None, "none"):
+        raise InputError(f"--encoder {options.encoder} with --connect: the service uses its own; give the file to `scansteer serve`.")
     with open_source(path) as source, ExitStack() as stack:
         warnings = [*check_against(source, scan), *source.warnings]
         for warning in warnings:
@@ -128,7 +131,7 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
         setup = _setup(source, scan, options)
         log = stack.enter_context(DecisionLog(out / "decisions.jsonl"))
         with console.status("compiling and simulating the schedule"):
-            runner: Runner = Here(setup) if options.connect is None else Remote(setup, options.connect)
+            runner: Runner = Here(setup, options.encoder) if options.connect is None else Remote(setup, options.connect)
         troubles, maps_at = _stream(source, runner, scan, log, options, console)
         maps = runner.maps() if log.decisions else {}
         first = source.first()
@@ -140,10 +143,17 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
 
 
 def session_maker(roi: Path | None = None, maps: dict[str, str] | None = None, encoder: str | None = None) -> Callable[[Setup], Session]:
-    """How the service makes a session: with the region and the maps of its own command line, where a peer sends none."""
+    """How the service makes a session: with the region and the maps of its own command line, where a peer sends none.
+
+    Raises
+    ------
+    InputError
+        A file is missing, or the encoder's is not one.
+    """
     files = Files(roi, {role: Path(file) for role, file in (maps or {}).items()})
     files.check()
-    return lambda setup: Session(replace(setup, use_encoder=setup.use_encoder and encoder != "none"), files)
+    encoded, reference = engine_maker(encoder), engine_maker("none")
+    return lambda setup: Session(setup, files, encoded if setup.use_encoder else reference)
 
 
 def _setup(source: Source, scan: Scan, options: Options) -> Setup:

@@ -116,6 +116,8 @@ class Session:
         mapped, self._opening_warnings = _usable_roles(setup.scan, [*setup.auxiliaries, *self._files.maps])
         self._roles = mapped
         self._reference = make_engine(self.scan, [AUXILIARIES[role] for role in mapped])
+        self._opening_warnings += [self._reference.said] if self._reference.said else []
+        self._reference.said = None
         self._advisor = Advisor(self.scan)
         self._advisor.rehearse(self._reference.auditor if isinstance(self._reference, Encoded) else self._reference)
         targets = [parameter.target_halfwidth_relative for parameter in self.scan.parameters.values()]
