@@ -1,12 +1,14 @@
-"""One computation over all devices, cells split between them. A CPU counts as as many devices as `jax_num_cpu_devices` says (set at the edge).
+"""One computation on several cores, cells split between them.
 
-XLA runs the body of a loop on one thread; chunks in cache are worth more than threads, so the second core comes from here.
+XLA runs the body of a loop on one thread; chunks in cache are worth more than threads, so the other cores come from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +16,27 @@ import jax.numpy as jnp
 Result = TypeVar("Result")
 
 
-def over_devices(function: Callable[..., Result], cells, *shared, devices: Sequence[Any] | None = None) -> Result:
-    """`function(cells, *shared)`, each device taking a slice of the cells; the result lies on the first device.
+def over_cores(function: Callable[..., Result], cells, *shared, n_cores: int) -> Result:
+    """`function(cells, *shared)`, each core taking a slice of the cells.
 
     Parameters
     ----------
     function
-        Jitted; treats the cells alike, whatever their number. Leaves of its result end in the cell axis.
+        Jitted; treats the cells alike, whatever their number, and holds no batched LAPACK call (two at once never return on a CPU). Leaves of
+        its result end in the cell axis.
     cells
         Leaves of shape (..., cell) with one number of cells.
     shared
         Passed on as they are.
-    devices
-        Default: all of the default backend. Not to be called inside `jax.jit`.
+    n_cores
+        Slices, one thread each. Not to be called inside `jax.jit`.
     """
-    devices = jax.devices() if devices is None else devices
     count = jax.tree.leaves(cells)[0].shape[-1]
-    parts = min(len(devices), count)
-    if parts < 2:
+    parts = max(1, min(n_cores, count))
+    if parts == 1:
         return function(cells, *shared)
     bounds = [count * part // parts for part in range(parts + 1)]
-    results = []
-    for device, start, stop in zip(devices, bounds[:-1], bounds[1:], strict=False):
-        own = jax.device_put((jax.tree.map(lambda leaf: leaf[..., start:stop], cells), shared), device)  # noqa: B023
-        results.append(function(own[0], *own[1]))  # returns at once; the devices run side by side
-    gathered = jax.device_put(results, devices[0])
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *gathered)
+    slices = [jax.tree.map(lambda leaf: leaf[..., start:stop], cells) for start, stop in pairwise(bounds)]  # noqa: B023
+    with ThreadPoolExecutor(parts) as threads:
+        results = list(threads.map(lambda own: jax.block_until_ready(function(own, *shared)), slices))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *results)

@@ -9,7 +9,7 @@ from scansteer.core import bloch_mcconnell as bm
 from scansteer.core import events, signal, two_pool
 from scansteer.core.saturation import Saturation, Train
 from scansteer.core.signal import GAMMA, Readout
-from scansteer.core.spread import over_devices
+from scansteer.core.spread import over_cores
 from scansteer.core.tissue import Pool, Tissue
 
 SPIN_LOCK = Train(n_pulses=5, duty_cycle=0.5, spin_lock=True)
@@ -158,11 +158,11 @@ def test_one_compilation_serves_every_pulse():
     assert count == 1
 
 
-def test_spreading_over_devices_changes_nothing():
+@pytest.mark.parametrize("n_cores", [1, 3, 50])
+def test_spreading_over_cores_changes_nothing(n_cores):
     cells = {"a": jnp.arange(14.0).reshape(2, 7), "b": jnp.arange(7.0)}
     run = jax.jit(lambda cells, factor: (cells["a"] * factor, cells["b"] + 1))
-    spread = over_devices(run, cells, 3.0, devices=jax.devices()[:1] * 3)
-    for one, other in zip(spread, run(cells, 3.0), strict=True):
+    for one, other in zip(over_cores(run, cells, 3.0, n_cores=n_cores), run(cells, 3.0), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
