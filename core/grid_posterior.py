@@ -38,8 +38,6 @@ class Info(eqx.Module):
     """Norm of the residual at the MAP over the norm of the signal."""
     amplitude: Float[Array, " voxel"]
     """Amplitude at the MAP [pixel units per M0]."""
-    log_posterior: Float[Array, "voxel cell"]
-    """On the lattice, up to a constant per voxel; float32."""
 
 
 PriorShape = Literal["uniform", "log-uniform", "beta"]
@@ -73,7 +71,11 @@ def expected_columns(weights: Float[Array, "mixture column node"], signals: Floa
     return lattice.upsample(jnp.einsum("mcn,nx->cmx", weights, signals), box.n_points)
 
 
-def infer(sums: Sums, noise: Noise, prior: Prior, shift: Float[Array, "nuisance voxel"] | None = None) -> Info:
+LogPosterior = Float[Array, "voxel cell"]
+"""On the lattice, up to a constant per voxel; float32."""
+
+
+def infer(sums: Sums, noise: Noise, prior: Prior, shift: Float[Array, "nuisance voxel"] | None = None) -> tuple[Info, LogPosterior]:
     """The posterior of every voxel of a block; `shift` as in `likelihood.fit`."""
     fit = likelihood.fit(sums, noise, shift)
     log_posterior = fit.log_likelihood.T + prior.on_cells()
@@ -81,4 +83,4 @@ def infer(sums: Sums, noise: Noise, prior: Prior, shift: Float[Array, "nuisance 
     at_map = prior.box.position(0, summary.map[:, 0]), prior.box.position(1, summary.map[:, 1])
     residual, amplitude = (region.at_point(field, at_map, prior.box.n_points) for field in (fit.residual, fit.amplitude))
     nrmse = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(sums.energy, 1e-30))
-    return Info(summary, nrmse, amplitude, log_posterior)
+    return Info(summary, nrmse, amplitude), log_posterior

@@ -65,7 +65,7 @@ class Advisor:
         summary, box = info.summary, reference.prior.box
         voxels, importance = sampled(regions, summary.mean)
         seed = design.seed_of(self.scan.name, repetition)
-        drawn = design.draw(info.log_posterior[voxels], summary.mean[voxels], summary.covariance[voxels], box, seed)
+        drawn = design.draw(reference.log_posterior(voxels), summary.mean[voxels], summary.covariance[voxels], box, seed)
         running = reference.running(voxels, drawn.cells)
         question = Question(
             weights=np.stack([self._prospect.columns(maps) for maps in running.maps]),

@@ -216,6 +216,10 @@ class Encoded:
         self.veto = None
         return self._hand_over(answer.info) if apart else answer.info
 
+    def reserve(self, n_voxels: int) -> None:
+        """See `Reference.reserve`."""
+        self._reference.reserve(min(n_voxels, N_AUDITED))
+
     def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
         """Carry the magnetisation through one repetition without an image."""
         return self._reference.play(block, first=first)

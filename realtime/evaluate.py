@@ -111,7 +111,7 @@ def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
         info = reference.learn(expected, signal, noise)
         played += 1
         answer = volume.absorb(np.asarray(expected), signal, noise)
-        distances = _distances(compare, jax.random.fold_in(jax.random.PRNGKey(seed), n), answer.posterior, info)
+        distances = _distances(compare, jax.random.fold_in(jax.random.PRNGKey(seed), n), answer.posterior, info, reference)
         yield row(n, scan.parameter_names, answer, info, distances, volume.nrmse_at(info.summary.map, noise))
     reference.close()
     volume.close()
@@ -198,7 +198,7 @@ def _comparison(reference: Reference, trained: Trained):
     return jax.jit(compare)
 
 
-def _distances(compare, key, posterior: Gaussian, info: Info) -> dict[str, np.ndarray]:
+def _distances(compare, key, posterior: Gaussian, info: Info, reference: Reference) -> dict[str, np.ndarray]:
     """In chunks of one size, the last one padded."""
     n = len(posterior.mean)
     parts = []
@@ -209,7 +209,8 @@ def _distances(compare, key, posterior: Gaussian, info: Info) -> dict[str, np.nd
         each = compare(
             jax.random.fold_in(key, start),
             ours,
-            *(jnp.asarray(leaf[rows]) for leaf in (info.log_posterior, summary.mean, summary.covariance)),
+            jnp.asarray(reference.log_posterior(rows)),
+            *(jnp.asarray(leaf[rows]) for leaf in (summary.mean, summary.covariance)),
         )
         parts.append({name: np.asarray(value)[: min(CHUNK, n - start)] for name, value in each.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from scansteer.core import blocks, dictionary, grid_posterior, likelihood, nuisance
 from scansteer.core.errors import InputError
-from scansteer.core.grid_posterior import Info, Prior
+from scansteer.core.grid_posterior import Info, LogPosterior, Prior
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.nuisance import Measured
@@ -34,6 +34,8 @@ BLOCK = 64
 """Voxels per block: its running sums stay in cache while they are evaluated."""
 MAX_BYTES = 6 * 2**30
 """Memory that the running sums may take."""
+RESERVED_BYTES = 2**29
+"""Of it, what is taken before the first image."""
 
 
 class Running(NamedTuple):
@@ -82,7 +84,7 @@ class Reference:
         self._play = jax.jit(dictionary.play)
         self._reading = jax.jit(dictionary.reading)(self.model.forward)
         self._columns = jax.jit(grid_posterior.expected_columns)
-        self._step: Callable[..., tuple[Sums, Info]] = jax.jit(_step, donate_argnums=0)
+        self._step: Callable[..., tuple[Sums, Info, LogPosterior]] = jax.jit(_step, donate_argnums=0)
         self._maps: dict[tuple[float, ...], LongitudinalMap] = {}
         self._state = self._initial_state()
         for index, block in enumerate(scan.schedule):
@@ -93,6 +95,8 @@ class Reference:
         self._weights: list[jnp.ndarray] = []
         self._shifts: list[jnp.ndarray | None] = []
         self._sums: list[Sums] = []
+        self._log_posteriors: list[jnp.ndarray] = []
+        self._spare: list[Sums] = []
         self.rehearsal = self._rehearse()
         """What made-up voxels lead to: for others to compile with."""
 
@@ -132,7 +136,15 @@ class Reference:
         described = [self._describe(*each) for each in zip(members, self._measured_in, strict=True)]
         self._weights = [weights for weights, _ in described]
         self._shifts = [shift for _, shift in described]
-        self._sums = [self._empty() for _ in self._place]
+        self._sums = [self._spare.pop() if self._spare else self._empty() for _ in self._place]
+        self._spare = []
+        self._log_posteriors = [jnp.zeros(0)] * len(self._place)
+
+    def reserve(self, n_voxels: int) -> None:
+        """Hold memory for so many voxels before the first image says how many there are: fresh memory costs as much as an update."""
+        block_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._empty()))
+        n_blocks = min(-(-n_voxels // BLOCK), RESERVED_BYTES // block_bytes)
+        self._spare = jax.block_until_ready([self._empty() for _ in range(n_blocks)])
 
     def absorb(self, signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate, block: SaturationBlock, *, first: bool) -> Info:
         """Play the block, absorb the image it led to, and infer; NumPy leaves over all voxels."""
@@ -143,11 +155,17 @@ class Reference:
         def one(index: int) -> Info:
             values = jnp.asarray(signal[self._place[index]], dtype=jnp.float64)
             columns = self._columns(self._weights[index], expected, self.prior.box) if shared is None else shared
-            self._sums[index], info = self._step(self._sums[index], columns, values, noise_now, self.prior, self._shifts[index])
-            return jax.block_until_ready(info)
+            step = self._step(self._sums[index], columns, values, noise_now, self.prior, self._shifts[index])
+            self._sums[index], info, self._log_posteriors[index] = jax.block_until_ready(step)
+            return info
 
         infos = list(self._pool.map(one, range(len(self._sums))))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[self._where], *infos)
+
+    def log_posterior(self, voxels: Int[np.ndarray, " voxel"]) -> Float[np.ndarray, "voxel cell"]:
+        """After the latest image, of some voxels: on the lattice, up to a constant per voxel; float32."""
+        numbers, places = np.divmod(self._where[voxels], BLOCK)
+        return np.stack([np.asarray(self._log_posteriors[number])[place] for number, place in zip(numbers, places, strict=True)])
 
     def running(self, voxels: Int[np.ndarray, " voxel"], cells: Int[np.ndarray, "voxel draw"]) -> Running:
         """The running sums at some cells of some voxels, for the choice of the next pulse."""
@@ -230,6 +248,6 @@ class Reference:
         return info
 
 
-def _step(sums: Sums, columns, signal, noise: Noise, prior: Prior, shift) -> tuple[Sums, Info]:
+def _step(sums: Sums, columns, signal, noise: Noise, prior: Prior, shift) -> tuple[Sums, Info, LogPosterior]:
     sums = likelihood.update(sums, columns, signal)
-    return sums, grid_posterior.infer(sums, noise, prior, shift)
+    return sums, *grid_posterior.infer(sums, noise, prior, shift)

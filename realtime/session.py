@@ -5,6 +5,7 @@ server -> session -> posterior -> stopping -> design -> Decision
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -118,6 +119,7 @@ class Session:
         self._reference = make_engine(self.scan, [AUXILIARIES[role] for role in mapped])
         self._opening_warnings += [self._reference.said] if self._reference.said else []
         self._reference.said = None
+        self._reference.reserve(self._most_voxels())
         self._advisor = Advisor(self.scan)
         self._advisor.rehearse(self._reference.auditor if isinstance(self._reference, Encoded) else self._reference)
         targets = [parameter.target_halfwidth_relative for parameter in self.scan.parameters.values()]
@@ -197,6 +199,12 @@ class Session:
     def close(self) -> None:
         """Let the threads go."""
         self._reference.close()
+
+    def _most_voxels(self) -> int:
+        """That the region can have, as far as is known before the first image."""
+        if self._setup.region is not None:
+            return int(np.count_nonzero(self._setup.region.pixels))
+        return math.prod(self.scan.matrix or (0,))
 
     def _block(self, repetition: int, pulse: Pulse | None) -> SaturationBlock:
         if pulse is not None:

@@ -103,7 +103,7 @@ def run(
         remaining = np.inf if advice is None else advice.remaining_gain
         state, verdict = stopping.update(rule, state, number + 1, [_region(rule, info)], None if fit.passed else "lack of fit", remaining)
         infos.append(info.summary)
-        places.append(follower.place(info, truth))
+        places.append(follower.place(followed, info, truth))
         blocks.append(block)
         advices.append(advice)
         vetoes.append(not fit.passed)

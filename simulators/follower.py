@@ -18,10 +18,11 @@ from jaxtyping import Array, Float
 from scansteer.core import design, dictionary, grid_posterior, lattice, likelihood, nuisance, predictive, region
 from scansteer.core.design import Question
 from scansteer.core.dictionary import Magnetisation
-from scansteer.core.grid_posterior import Info, Prior
+from scansteer.core.grid_posterior import Info, LogPosterior, Prior
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.nuisance import Measured
+from scansteer.core.region import Summary
 from scansteer.core.signal import LongitudinalMap
 from scansteer.protocols import forward, tissue_model
 from scansteer.protocols.prospect import Prospect, Rows
@@ -42,6 +43,8 @@ class Followed:
     weights: tuple[Array, ...]
     measured: tuple[dict[str, Measured], ...]
     n_images: int = 0
+    log_posterior: Float[np.ndarray, "voxel cell"] | None = None
+    """After the latest image, on the lattice."""
 
 
 class Place(NamedTuple):
@@ -98,14 +101,16 @@ class Follower:
             self._step(sums, weights, expected, part, known, self.prior)
             for sums, weights, part in zip(followed.sums, followed.weights, parts, strict=True)
         ]
-        info = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(info for _, info in steps))
-        return replace(followed, state=state, sums=tuple(sums for sums, _ in steps), n_images=followed.n_images + 1), info
+        info, log_posterior = jax.tree.map(lambda *leaves: np.concatenate(leaves), *((info, posterior) for _, info, posterior in steps))
+        sums = tuple(sums for sums, _, _ in steps)
+        return replace(followed, state=state, sums=sums, n_images=followed.n_images + 1, log_posterior=log_posterior), info
 
     def question(self, followed: Followed, info: Info, prospect: Prospect, noise: NoiseEstimate) -> tuple[Question, Rows]:
         """What the prospect is asked: all voxels count the same."""
         summary, box = info.summary, self.prior.box
         seed = design.seed_of(self.scan.name, followed.n_images - 1)
-        drawn = design.draw(info.log_posterior, summary.mean, summary.covariance, box, seed)
+        assert followed.log_posterior is not None
+        drawn = design.draw(followed.log_posterior, summary.mean, summary.covariance, box, seed)
         size = len(drawn.cells) // len(followed.sums)
         at = [likelihood.at_cells(followed.sums[voxel // size], voxel % size, row) for voxel, row in enumerate(drawn.cells)]
         gram, projection, energy = (np.stack(each) for each in zip(*at, strict=True))
@@ -126,9 +131,9 @@ class Follower:
         )
         return question, design.rows(drawn.cells, box.n_points)
 
-    def place(self, info: Info, truth: Float[np.ndarray, "voxel 2"]) -> Place:
+    def place(self, followed: Followed, info: Info, truth: Float[np.ndarray, "voxel 2"]) -> Place:
         """Where truths lie."""
-        return Place(*map(np.asarray, self._place(info, jnp.asarray(truth, jnp.float64), self.prior)))
+        return Place(*map(np.asarray, self._place(info.summary, followed.log_posterior, jnp.asarray(truth, jnp.float64), self.prior)))
 
     def _played(self, followed: Followed, block: SaturationBlock, *, first: bool) -> tuple[Magnetisation, Array]:
         played = block.model_copy(update={"t_rec_s": 0.0}) if first else block
@@ -155,15 +160,15 @@ def _play(model, reading, state, block, place):
     return state, jnp.concatenate([signals[chain * state.mz.shape[2] + tissue], signals[-1:]])
 
 
-def _step(sums: Sums, weights, expected, signal, noise: Noise, prior: Prior) -> tuple[Sums, Info]:
+def _step(sums: Sums, weights, expected, signal, noise: Noise, prior: Prior) -> tuple[Sums, Info, LogPosterior]:
     sums = likelihood.update(sums, grid_posterior.expected_columns(weights, expected, prior.box), signal)
-    return sums, grid_posterior.infer(sums, noise, prior)
+    return sums, *grid_posterior.infer(sums, noise, prior)
 
 
-def _place(info: Info, truth: Float[Array, "voxel 2"], prior: Prior) -> tuple[Array, Array]:
+def _place(summary: Summary, log_posterior: LogPosterior, truth: Float[Array, "voxel 2"], prior: Prior) -> tuple[Array, Array]:
     """By a fine grid over five standard deviations either way, on which the log posterior is interpolated."""
-    box, summary = prior.box, info.summary
-    posterior = info.log_posterior.reshape(-1, *box.n_points)
+    box = prior.box
+    posterior = log_posterior.reshape(-1, *box.n_points)
     share = (jnp.arange(N_FINE) + 0.5) / N_FINE
     positions, at, areas, log_prior = [], [], [], jnp.zeros(len(truth))
     for axis in (0, 1):
