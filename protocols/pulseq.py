@@ -8,6 +8,7 @@ Layer K et al. Pulseq. Magn Reson Med 77 (2017), doi:10.1002/mrm.26235; file for
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,12 @@ GRADIENT_RASTER_S = 1e-5
 BLOCK_RASTER_S = 1e-5
 EQUAL = 1e-8
 """Values of a shape closer than this are one: compression stores rounded differences."""
+SILENT_HZ = 1e-6
+"""RF weaker than this is none."""
+MAX_CHARACTERS = 256 * 2**20
 MAX_SAMPLES = 50_000_000
+MAX_STEPS = 5_000_000
+"""Samples of a shape, and values in it that differ from their neighbours."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pulse:
-    """One RF event: amplitude [Hz] and phase [rad] in steps of constant RF, after a delay [s]."""
+    """One RF event: amplitude [Hz] and phase [rad] in steps of constant RF, after a delay [s]; silence at the end is left out."""
 
     delay_s: float
     duration_s: np.ndarray
@@ -83,14 +89,22 @@ class Sequence:
     def n_acquired(self) -> int:
         return sum(block.acquires for block in self.blocks)
 
-    def offsets_ppm(self) -> list[float] | None:
-        """Saturation offset of each acquisition, where the file defines one per acquisition."""
-        text = self.definitions.get("offsets_ppm", self.definitions.get("offset_ppm"))
+    def offsets_ppm(self) -> list[float | None] | None:
+        """Saturation offset of each acquisition, where the file defines one per acquisition.
+
+        Old files leave the offset of an unsaturated image that comes first (`run_m0_scan`) out of the list: it is `M0_offset`, or none.
+        """
+        listed = self._numbers("offsets_ppm") or self._numbers("offset_ppm")
+        if listed and len(listed) + 1 == self.n_acquired and any(self._numbers("run_m0_scan")):
+            return [*(self._numbers("M0_offset")[:1] or [None]), *listed]
+        return [*listed] if listed and len(listed) == self.n_acquired else None
+
+    def _numbers(self, definition: str) -> list[float]:
+        """The numbers of a definition; empty where it is absent or anything else."""
         try:
-            values = [float(word) for word in text.split()] if text else []
+            return [_number(word) for word in self.definitions.get(definition, "").split()]
         except ValueError:
-            return None
-        return values if values and len(values) == self.n_acquired else None
+            return []
 
 
 def load(path: str | Path) -> Sequence:
@@ -102,9 +116,12 @@ def load(path: str | Path) -> Sequence:
         The file cannot be read or is not a sequence of a supported version; one sentence.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        with Path(path).open(encoding="utf-8-sig", errors="replace") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except OSError as error:
         raise InputError(f"Cannot read sequence {path}: {error.strerror or error}.") from error
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"Sequence {path} is longer than the {MAX_CHARACTERS} characters that can be read; export fewer repetitions.")
     return parse(text, str(path))
 
 
@@ -112,10 +129,32 @@ def parse(text: str, source: str = "sequence") -> Sequence:
     """`load` on text."""
     try:
         return _Reader(_sections(text, source), source).read()
-    except (KeyError, IndexError, ValueError) as error:
+    except KeyError as error:
+        said = f"it names number {error.args[0]}, which it does not hold" if isinstance(error.args[0], int) else f"{error.args[0]} is missing"
+    except IndexError:
+        said = "a line has too few numbers"
+    except ValueError as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{source} is damaged: {error.args[0] if error.args else error!r} is missing or not a number; export it again.") from error
+        said = " ".join(str(error).split())[:100]
+    raise InputError(f"{source} is damaged: {said}; export it again.")
+
+
+def _number(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{word[:40]!r} is not a finite number")
+    return value
+
+
+def _integer(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ValueError(f"{word[:40]!r} is not a whole number") from None
 
 
 def _sections(text: str, source: str) -> dict[str, list[str]]:
@@ -147,10 +186,10 @@ class _Reader:
         self.definitions = dict(_pair(line) for line in self.sections.get("DEFINITIONS", []) if line)
         self.raster = self._raster("RadiofrequencyRasterTime", RF_RASTER_S)
         self.shapes = self._shapes()
-        self.delays = {int(row[0]): float(row[1]) * 1e-6 for row in self._rows("DELAYS")}
-        self.adcs = {int(row[0]) for row in self._rows("ADC")}
+        self.delays = {_integer(row[0]): _number(row[1]) * 1e-6 for row in self._rows("DELAYS")}
+        self.adcs = {_integer(row[0]) for row in self._rows("ADC")}
         self.gradients = {**self._trapezoids(), **self._arbitrary_gradients()}
-        self.rf = {int(row[0]): row for row in self._rows("RF")}
+        self.rf = {_integer(row[0]): row for row in self._rows("RF")}
         blocks = [self._block(row) for row in self._rows("BLOCKS")]
         if not blocks:
             raise InputError(f"{self.source} has no blocks; nothing to simulate.")
@@ -161,7 +200,7 @@ class _Reader:
 
     def _version(self) -> tuple[int, int, int]:
         numbers = dict(_pair(line) for line in self.sections["VERSION"] if line)
-        major, minor = int(numbers["major"]), int(numbers["minor"])
+        major, minor = _integer(numbers["major"]), _integer(numbers["minor"])
         if (major, minor) not in SUPPORTED:
             raise InputError(f"{self.source} is Pulseq version {major}.{minor}; 1.2, 1.3 and 1.4 can be read, export it as one of them.")
         revision = re.match(r"\d+", numbers.get("revision", "0"))
@@ -169,7 +208,7 @@ class _Reader:
 
     def _raster(self, name: str, default: float) -> float:
         value = float(self.definitions.get(name, default))
-        if not (np.isfinite(value) and value > 0):
+        if not 0 < value < math.inf:
             raise InputError(f"{self.source}: definition {name} is {value:g} s; a raster time must be positive.")
         return value
 
@@ -186,11 +225,11 @@ class _Reader:
                 continue
             if word[0] == "shape_id":
                 close()
-                number, values = int(word[1]), []
+                number, values = _integer(word[1]), []
             elif word[0] == "num_samples":
-                n_samples = int(word[1])
+                n_samples = _integer(word[1])
             else:
-                values.append(float(word[0]))
+                values.append(_number(word[0]))
         close()
         return shapes
 
@@ -214,26 +253,29 @@ class _Reader:
                 counts.append(1)
                 place += 1
         if sum(counts) != n_samples:
-            raise InputError(f"{self.source}: shape {number} unpacks to {sum(counts)} samples where it announces {n_samples}; the file is damaged.")
+            raise InputError(f"{self.source}: shape {number} unpacks to {sum(counts):g} samples where it announces {n_samples}; the file is damaged.")
+        distinct = sum(count for step, count in zip(steps, counts, strict=True) if abs(step) >= EQUAL)
+        if distinct > MAX_STEPS:
+            raise InputError(f"{self.source}: shape {number} has {distinct} different values; at most {MAX_STEPS} can be read.")
         return _integrate(np.asarray(steps), np.asarray(counts))
 
     def _trapezoids(self) -> dict[int, float]:
         """Duration of each trapezoid [s]."""
-        return {int(row[0]): 1e-6 * sum(float(word) for word in row[2:6]) for row in self._rows("TRAP")}
+        return {_integer(row[0]): 1e-6 * sum(_duration(word) for word in row[2:6]) for row in self._rows("TRAP")}
 
     def _arbitrary_gradients(self) -> dict[int, float]:
         durations = {}
         raster = self._raster("GradientRasterTime", GRADIENT_RASTER_S)
         timed = self.version >= (1, 4, 0)
         for row in self._rows("GRADIENTS"):
-            delay = float(row[4 if timed else 3]) * 1e-6 if len(row) > (4 if timed else 3) else 0.0
-            time_shape = int(row[3]) if timed else 0
-            length = float(self.shapes[time_shape].values[-1]) if time_shape else self.shapes[int(row[2])].n_samples
-            durations[int(row[0])] = delay + length * raster
+            delay = _duration(row[4 if timed else 3]) * 1e-6 if len(row) > (4 if timed else 3) else 0.0
+            time_shape = _integer(row[3]) if timed else 0
+            length = float(self.shapes[time_shape].values[-1]) if time_shape else self.shapes[_integer(row[2])].n_samples
+            durations[_integer(row[0])] = delay + length * raster
         return durations
 
     def _block(self, row: list[str]) -> Block:
-        first, rf, gx, gy, gz, adc = (int(word) for word in row[1:7])
+        first, rf, gx, gy, gz, adc = (_integer(row[column]) for column in range(1, 7))
         gradients = [self.gradients[number] for number in (gx, gy, gz) if number]
         pulse = self._pulse(rf) if rf else None
         if self.version >= (1, 4, 0):
@@ -250,7 +292,7 @@ class _Reader:
     def _end(self, number: int) -> float:
         """End of an RF event with its trailing zeros [s], versions before 1.4."""
         row = self.rf[number]
-        return float(row[4]) * 1e-6 + self.shapes[int(row[2])].n_samples * self.raster
+        return _duration(row[4]) * 1e-6 + self.shapes[_integer(row[2])].n_samples * self.raster
 
     def _pulse(self, number: int) -> Pulse:
         if number not in self.pulses:
@@ -261,17 +303,19 @@ class _Reader:
 
     def _read_pulse(self, row: list[str]) -> Pulse:
         timed = self.version >= (1, 4, 0)
-        amplitude, magnitude, phase = float(row[1]), int(row[2]), int(row[3])
-        time = int(row[4]) if timed else 0
-        delay, frequency, offset = (float(word) for word in row[4 + timed : 7 + timed])
+        amplitude, magnitude, phase = _number(row[1]), _integer(row[2]), _integer(row[3])
+        time = _integer(row[4]) if timed else 0
+        delay, frequency, offset = (_number(row[column + timed]) for column in (4, 5, 6))
         if delay < 0:
             raise InputError(f"{self.source}: RF event {row[0]} has a delay of {delay:g} us; times must not be negative.")
         duration, size, angle, dwell = self._steps(magnitude, phase, time)
+        sounding = np.flatnonzero(np.abs(amplitude * size) > SILENT_HZ)
+        stop = sounding[-1] + 1 if sounding.size else 0
         key = (amplitude, magnitude, phase, time)
-        return Pulse(delay * 1e-6, duration, amplitude * size, angle, frequency, offset, dwell, key)
+        return Pulse(delay * 1e-6, duration[:stop], amplitude * size[:stop], angle[:stop], frequency, offset, dwell, key)
 
     def _steps(self, magnitude: int, phase: int, time: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """Durations, relative amplitudes and phases [rad] of the steps of constant RF, and the dwell; zeros at the end are left out."""
+        """Durations, relative amplitudes and phases [rad] of the steps of constant RF, and the dwell."""
         size = self.shapes[magnitude]
         angle = self.shapes[phase] if phase else Shape(np.zeros(1), np.array([size.n_samples]))
         dwell = self.raster
@@ -282,18 +326,16 @@ class _Reader:
         ends = np.union1d(np.cumsum(size.counts), np.cumsum(angle.counts))
         starts = np.concatenate([[0], ends[:-1]])
         values, turns = size.at(starts), angle.at(starts)
-        last = np.flatnonzero(np.abs(values) > 1e-6)
-        stop = last[-1] + 1 if last.size else 0
-        return (ends - starts)[:stop] * dwell, values[:stop], 2 * np.pi * turns[:stop], dwell
+        return (ends - starts) * dwell, values, 2 * np.pi * turns, dwell
 
     def _timed(self, size: Shape, angle: Shape, time: Shape) -> tuple[Shape, Shape, float]:
         """Shapes given at times of their own: held where these are the centres of equal intervals, else joined by straight lines."""
-        times = np.repeat(time.values, time.counts) * self.raster
-        values, turns = np.repeat(size.values, size.counts), np.repeat(angle.values, angle.counts)
-        if not times.size == values.size == turns.size:
-            raise InputError(f"{self.source}: a time shape has {times.size} samples and its RF shape {values.size}; they must agree.")
-        if times.size < 2 or np.any(np.diff(times) <= 0) or times[0] < 0:
+        if not time.n_samples == size.n_samples == angle.n_samples:
+            raise InputError(f"{self.source}: a time shape has {time.n_samples} samples and its RF shape {size.n_samples}; they must agree.")
+        times = time.values * self.raster
+        if times.size < 2 or times.size < time.n_samples or np.any(np.diff(times) <= 0) or times[0] < 0:
             raise InputError(f"{self.source}: a time shape must rise from 0 or later and have two samples at least.")
+        values, turns = np.repeat(size.values, size.counts), np.repeat(angle.values, angle.counts)
         dwell = times[1] - times[0]
         if np.allclose(times, dwell * (np.arange(times.size) + 0.5), rtol=0, atol=1e-3 * dwell):
             return size, angle, dwell
@@ -302,10 +344,19 @@ class _Reader:
             lead = round(times[0] / self.raster)
             if lead == 0:
                 return Shape(values[:1], one), Shape(turns[:1], one), float(times[-1])
+        if times[-1] > MAX_STEPS * self.raster:
+            raise InputError(f"{self.source}: an RF pulse with a time shape lasts {times[-1]:g} s; {MAX_STEPS * self.raster:g} s can be read.")
         centres = self.raster * (np.arange(max(round(times[-1] / self.raster), 1)) + 0.5)
         inside = np.interp(centres, times, values, left=0.0, right=0.0), np.interp(centres, times, turns)
         ones = np.ones(centres.size, int)
         return _runs(inside[0], ones), _runs(inside[1], ones), self.raster
+
+
+def _duration(word: str) -> float:
+    value = _number(word)
+    if value < 0:
+        raise ValueError(f"a time of {word} us is negative")
+    return value
 
 
 def _pair(line: str) -> tuple[str, str]:

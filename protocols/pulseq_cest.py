@@ -23,12 +23,15 @@ from scansteer.core import tissue as core_tissue
 from scansteer.core.bloch_mcconnell import n_transverse
 from scansteer.core.errors import InputError
 from scansteer.protocols import scan as description
-from scansteer.protocols.pulseq import Block, Pulse, Sequence
+from scansteer.protocols.pulseq import SILENT_HZ, Block, Pulse, Sequence
 
 ALIASES = {"b0_inhomogeneity": "b0_inhom", "relb1": "rel_b1", "max_samples": "max_pulse_samples"}
 LINESHAPES = {"lorentzian": "lorentzian", "superlorentzian": "super-lorentzian", "none": "none"}
 AMPLITUDE_LIMIT_HZ = 100_000.0
 """RF stronger than this (2.3 mT) is a slip of units, not a pulse."""
+MAX_CHARACTERS = 100_000
+MAX_EVENTS = 20_000_000
+MAX_MAPS_BYTES = 2 * 2**30
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -52,11 +55,18 @@ class Pool(_Part):
             data = dict(data)
             for rate, time in (("r1", "t1"), ("r2", "t2")):
                 if rate in data and time not in data:
-                    value = float(data.pop(rate))
-                    if value <= 0:
-                        raise ValueError(f"{rate} must be positive, got {value:g}")
-                    data[time] = 1 / value
+                    data[time] = _inverse(rate, data.pop(rate))
         return data
+
+
+def _inverse(rate: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise ValueError(f"{rate} must be a positive number, got {value!r}")
+    return 1 / number
 
 
 class ExchangingPool(Pool):
@@ -112,7 +122,9 @@ def load_model(path: str | Path) -> CestModel:
         One sentence naming the file and the field.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        data = yaml.safe_load(text) if len(text) <= MAX_CHARACTERS else None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Cannot read model {path}: {error}.") from error
     except yaml.YAMLError as error:
@@ -178,7 +190,7 @@ def _scan_pool(name: str, pool: ExchangingPool, values) -> description.Pool:
     )
 
 
-def simulate(sequence: Sequence, model: CestModel, source: str = "sequence") -> dict[str, list[float] | None]:
+def simulate(sequence: Sequence, model: CestModel, source: str = "sequence") -> dict[str, list[float] | list[float | None] | None]:
     """Play a sequence on a model.
 
     Returns
@@ -190,7 +202,9 @@ def simulate(sequence: Sequence, model: CestModel, source: str = "sequence") -> 
         raise InputError(f"{source} has no acquisition (ADC): there is nothing to report.")
     body = tissue(model)
     events = to_events(sequence, model, source)
-    state = np.asarray(_simulate(body, events, core_events.initial_state(body, model.scale)))
+    initial = core_events.initial_state(body, model.scale)
+    _check_memory(events, initial.size, source)
+    state = np.asarray(_simulate(body, events, initial))
     n = n_transverse(body)
     if not np.isfinite(state).all():
         raise InputError(f"{source} cannot be simulated with this model: the result is not finite; check its times, rates and amplitudes.")
@@ -207,7 +221,7 @@ _simulate = jax.jit(core_events.simulate)
 def to_events(sequence: Sequence, model: CestModel, source: str = "sequence") -> core_events.Events:
     """Flatten a sequence into steps of constant RF, the accumulated RF phase taken off exactly."""
     rows: list[np.ndarray] = []
-    accumulated = 0.0
+    accumulated, n_events = 0.0, 0
     steps: dict[tuple, tuple] = {}
     for number, block in enumerate(sequence.blocks, start=1):
         if block.acquires:
@@ -217,11 +231,22 @@ def to_events(sequence: Sequence, model: CestModel, source: str = "sequence") ->
             _check_amplitude(pulse, number, source)
             if pulse.key not in steps:
                 steps[pulse.key] = decimate(pulse, model.max_pulse_samples)
-            rows += _play(pulse, steps[pulse.key], accumulated, block)
+            rows.append(_play(pulse, steps[pulse.key], accumulated, block))
             accumulated = math.fmod(accumulated + 2 * math.pi * pulse.frequency_hz * pulse.length_s, 2 * math.pi)
         else:
             rows.append(_row(block.duration_s, spoil=block.spoils))
+        n_events += rows[-1].shape[1]
+        if n_events > MAX_EVENTS:
+            raise InputError(f"{source} takes more than {MAX_EVENTS} steps to play; give the model a smaller max_pulse_samples.")
     return core_events.make_events(*np.concatenate(rows, axis=1))
+
+
+def _check_memory(events: core_events.Events, n_rows: int, source: str) -> None:
+    """One map per distinct step is kept."""
+    n_steps = events.steps.duration.size
+    size = 8 * n_steps * n_rows * (n_rows + 1)
+    if size > MAX_MAPS_BYTES:
+        raise InputError(f"{source} has {n_steps} distinct steps, {size / 2**30:.1f} GiB of maps; give the model a smaller max_pulse_samples.")
 
 
 def _row(duration: float, spoil: bool = False, acquire: bool = False, reset: bool = False) -> np.ndarray:
@@ -235,7 +260,7 @@ def _check_amplitude(pulse: Pulse, number: int, source: str) -> None:
         raise InputError(f"{source}: the RF of block {number} reaches {peak:g} Hz; above {AMPLITUDE_LIMIT_HZ:g} Hz it is no pulse, check the units.")
 
 
-def _play(pulse: Pulse, steps: tuple, accumulated: float, block: Block) -> list[np.ndarray]:
+def _play(pulse: Pulse, steps: tuple, accumulated: float, block: Block) -> np.ndarray:
     """Dead time, steps, ring-down. Phases within a shape count backwards, as in pulseq-cest; those of the event forwards."""
     duration, amplitude, turn = steps
     rf = np.zeros((7, duration.size))
@@ -244,22 +269,25 @@ def _play(pulse: Pulse, steps: tuple, accumulated: float, block: Block) -> list[
     rest = block.duration_s - pulse.delay_s - pulse.length_s
     before = [_row(pulse.delay_s)] if pulse.delay_s > 0 else []
     after = [_row(rest)] if rest > 1e-12 else []
-    return [*before, rf, *after]
+    return np.concatenate([*before, rf, *after], axis=1)
 
 
 def decimate(pulse: Pulse, max_samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Durations, amplitudes and phases of a pulse's steps, thinned as pulseq-cest does.
 
-    Up to `max_samples` steps are played as they are. Of more, N samples of the finest step, every ceil(N / max_samples)-th is held until the
-    next; the last is cut so that the pulse keeps its length.
+    Of more than `max_samples` samples, N from the first that is not silent to the last, every ceil(N / max_samples)-th is held until the next; the
+    last is cut so that the pulse keeps its length. Constant RF is one step in any case.
     """
     duration, amplitude, turn = pulse.duration_s, pulse.amplitude_hz, pulse.shape_phase_rad
-    if duration.size <= max_samples:
+    ends = np.round(np.cumsum(duration) / pulse.dwell_s).astype(int)
+    first = int(np.argmax(np.abs(amplitude) > SILENT_HZ)) if amplitude.size else 0
+    start = int(ends[first - 1]) if first else 0
+    if duration.size - first <= 1 or ends[-1] - start <= max_samples:
         return duration, amplitude, turn
-    dwell = pulse.dwell_s
-    ends = np.round(np.cumsum(duration) / dwell).astype(int)
-    stride = math.ceil(ends[-1] / max_samples)
-    taken = np.arange(0, ends[-1], stride)
+    stride = math.ceil((ends[-1] - start) / max_samples)
+    taken = np.arange(start, ends[-1], stride)
     step = np.searchsorted(ends, taken, side="right")
-    held = np.diff(np.append(taken, ends[-1])).astype(float) * dwell
-    return held, amplitude[step], turn[step]
+    held = np.diff(np.append(taken, ends[-1])).astype(float) * pulse.dwell_s
+    thinned = held, amplitude[step], turn[step]
+    silence = np.array([start * pulse.dwell_s]), np.zeros(1), np.zeros(1)
+    return tuple(map(np.concatenate, zip(silence, thinned, strict=True))) if start else thinned  # type: ignore[return-value]

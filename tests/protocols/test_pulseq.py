@@ -81,6 +81,14 @@ def test_offsets_are_given_only_where_there_is_one_per_acquisition():
     assert pulseq.parse(old().replace("offsets_ppm 3.5", "")).offsets_ppm() is None
 
 
+def test_an_unsaturated_image_that_the_offsets_leave_out_comes_first():
+    two = old().replace(" 4  0  0   0   0   0  1", " 4  0  0   0   0   0  1  0\n 5  0  0   0   0   0  1")
+    assert pulseq.parse(two).offsets_ppm() is None
+    assert pulseq.parse(two.replace("offsets_ppm", "run_m0_scan 1\noffsets_ppm")).offsets_ppm() == [None, 3.5]
+    assert pulseq.parse(two.replace("offsets_ppm", "run_m0_scan 1\nM0_offset -300\noffsets_ppm")).offsets_ppm() == [-300, 3.5]
+    assert pulseq.parse(two.replace("offsets_ppm", "run_m0_scan 0\noffsets_ppm")).offsets_ppm() is None
+
+
 def test_extensions_and_signatures_are_passed_over():
     text = old() + "\n[EXTENSIONS]\n1 1 1 0\nextension LABELSET 1\n1 2 SLC\n\n[SIGNATURE]\nType md5\nHash 0\n"
     assert len(pulseq.parse(text).blocks) == 4
@@ -154,6 +162,24 @@ def test_packed_ramps_are_ramps():
     np.testing.assert_allclose(pulse.amplitude_hz, 10 * np.arange(1, 11))
 
 
+def test_silence_at_the_end_is_no_part_of_a_pulse_and_silence_before_is():
+    pulse = read_pulse([shape(1, [0, 0, 0.5, 1, 0, 0, 0]), shape(2, [0] * 7)], rf="1 100 1 2 0 100 0 0")
+    np.testing.assert_allclose(pulse.amplitude_hz, [0, 50, 100])
+    np.testing.assert_allclose(pulse.duration_s, [2e-6, 1e-6, 1e-6])
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    (tmp_path / "marked.seq").write_text(old(), encoding="utf-8-sig")
+    assert len(pulseq.load(tmp_path / "marked.seq").blocks) == 4
+
+
+def test_a_file_beyond_all_measure_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(pulseq, "MAX_CHARACTERS", 100)
+    (tmp_path / "long.seq").write_text(old())
+    with pytest.raises(InputError, match="longer than the 100 characters"):
+        pulseq.load(tmp_path / "long.seq")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -168,6 +194,17 @@ def test_packed_ramps_are_ramps():
         (old().rsplit("shape_id 2", 1)[0], "damaged"),
         (old().replace("1 2 100 447", "1 2 -100 447"), "delay of -100"),
         (old().replace("1 3500000", "1 -3500000"), "-3.5"),
+        (old().replace("1 3500000", "1 nan"), "'nan' is not a finite number"),
+        (old().replace("447.05", "inf"), "'inf' is not a finite number"),
+        (old().replace("1000 4500 1000", "1000 -4500 1000"), "-4500 us is negative"),
+        (old().replace(" 3  0  0 ", " 3  0  x "), "'x' is not a whole number"),
+        (old().replace("1 2 100 447.05 0.5", "1 2 100"), "too few numbers"),
+        (old().replace(" 3  0  0   0   0   1", " 3  0  0   0   0   6"), "names number 6"),
+        (old().replace("1999997", "1e300"), r"unpacks to 1e\+300"),
+        (old().replace("num_samples 2000030\n1\n", "num_samples 1000000000000\n1\n"), "expected 1 to"),
+        (timed(shape(1, [0.1, 0.1, 5999998], 6000000) + shape(2, [0, 0, 5999998], 6000000), rf="1 9 1 2 0 0 0 0"), "6000000 different values"),
+        (timed(shape(1, [0, 1, 0]) + shape(2, [0, 0, 0]) + shape(3, [0, 1e6, 1e13])), "lasts 1e\\+07 s"),
+        (timed(shape(1, [1, 1]) + shape(2, [0, 0]) + shape(3, [7, 7, 4000], 4002)), "agree"),
         (old().replace("85.1528", "strong"), "damaged"),
         (timed(shape(1, [1, 1]) + shape(2, [0, 0]) + shape(3, [100, 50])), "must rise"),
         (timed(shape(1, [1, 1, 1]) + shape(2, [0, 0, 0]) + shape(3, [0, 50])), "agree"),

@@ -146,6 +146,20 @@ def test_thinning_keeps_the_length_and_every_nth_sample():
     assert pulseq_cest.decimate(pulse, 1003)[1].size == 1003
 
 
+def test_thinning_starts_after_silence_and_counts_samples_not_steps():
+    # 3 silent samples, then 40 alike and 40 alike: two steps of sound, 80 samples
+    duration, amplitude = np.array([3e-6, 4e-5, 4e-5]), np.array([0.0, 1.0, 2.0])
+    pulse = pulseq.Pulse(0.0, duration, amplitude, amplitude, 0.0, 0.0, 1e-6, ())
+    np.testing.assert_allclose(pulseq_cest.decimate(pulse, 3), [[3e-6, 2.7e-5, 2.7e-5, 2.6e-5], [0, 1, 1, 2], [0, 1, 1, 2]])
+    assert pulseq_cest.decimate(pulse, 80)[0] is duration
+
+
+def test_a_block_pulse_after_silence_is_never_thinned():
+    duration, amplitude = np.array([1.0, 2.0]), np.array([0.0, 100.0])
+    pulse = pulseq.Pulse(0.0, duration, amplitude, amplitude, 0.0, 0.0, 1e-6, ())
+    assert pulseq_cest.decimate(pulse, 100)[0] is duration
+
+
 HARD = """[VERSION]
 major 1
 minor 4
@@ -185,6 +199,25 @@ def test_reset_and_scale_are_honoured_and_mxy_is_reported():
     np.testing.assert_allclose(carried["mz_water"], [0, 0], atol=2e-3)
 
 
+def test_shapes_with_times_of_their_own_turn_by_the_area_under_straight_lines():
+    trapezoid = HARD.replace("num_samples 2\n1\n1", "num_samples 4\n0\n1\n1\n0").replace("num_samples 2\n0\n0", "num_samples 4\n0\n0\n0\n0")
+    trapezoid = trapezoid.replace("num_samples 2\n0\n100", "num_samples 4\n10\n30\n70\n100")
+    lasting = {"water_pool": {"f": 1.0, "t1": 1e3, "t2": 1e3}, "b0": 3.0}
+    found = simulate(pulseq.parse(trapezoid), CestModel.model_validate(lasting))
+    angle = 2 * np.pi * 2500 * (20 / 2 + 40 + 30 / 2) * 1e-6
+    np.testing.assert_allclose([found["mz_water"][0], found["mxy_abs"][0]], [np.cos(angle), np.sin(angle)], atol=1e-6)
+
+
+def test_dead_time_and_ring_down_are_lived_through():
+    # 100 us of RF in a block of 50 ms, 20 ms after its start
+    model = CestModel.model_validate(TWO_POOLS | {"cest_pool": {}, "rel_b1": 1.0, "scale": 1.0})
+    played = simulate(pulseq.parse(HARD.replace("1 10 1 0", "1 5000 1 0").replace("1 2 3 0 0 0", "1 2 3 20000 0 0")), model)
+    t1, t2 = TWO_POOLS["water_pool"]["t1"], TWO_POOLS["water_pool"]["t2"]
+    # relaxation during the pulse itself: 1e-3
+    np.testing.assert_allclose(played["mz_water"][0], 1 - np.exp(-0.0299 / t1), atol=1e-3)
+    np.testing.assert_allclose(played["mxy_abs"][0], np.exp(-0.0299 / t2), atol=1e-3)
+
+
 def test_field_shift_moves_all_resonances_together():
     tissue = pulseq_cest.tissue(CestModel.model_validate(TWO_POOLS | {"b0_inhom": 0.1}))
     assert float(tissue.b0_hz) == pytest.approx(-0.1 * 3 * 267.5153 / 2 / np.pi)
@@ -215,6 +248,8 @@ def without(*names):
         (TWO_POOLS | {"cest_pool": {"amide": {"f": 1e-3, "t1": 1, "t2": 1, "dw": 3}}}, r"amide\.k"),
         (TWO_POOLS | {"cest_pool": {"amide": {"f": 1e-3, "t1": 1, "t2": 1, "dw": 3, "k": 1, "kk": 2}}}, "kk"),
         (TWO_POOLS | {"mt_pool": {"f": 0.1, "t1": 1, "t2": 1e-5, "k": 30, "dw": 0, "lineshape": "Gauss"}}, "lineshape"),
+        (TWO_POOLS | {"water_pool": {"f": 1.0, "r1": [1], "t2": 0.1}}, "r1 must be a positive number"),
+        (TWO_POOLS | {"water_pool": {"f": 1.0, "t1": 1.0, "r2": 0}}, "r2 must be a positive number"),
         (TWO_POOLS | {"scale": 2}, "scale"),
         (TWO_POOLS | {"max_pulse_samples": 0}, "max_pulse_samples"),
         ([1, 2], "not a pulseq-cest model"),
@@ -242,3 +277,14 @@ def test_absurd_pulses_and_silent_sequences_are_refused():
         simulate(pulseq.parse(HARD.replace("1 2500 1", "1 2500000 1")), model)
     with pytest.raises(InputError, match="no acquisition"):
         simulate(pulseq.parse(HARD.replace("0 0 0 1 0", "0 0 0 0 0")), model)
+
+
+def test_what_would_not_fit_into_memory_is_refused_beforehand(monkeypatch):
+    ramp = HARD.replace("num_samples 2\n1\n1", "num_samples 2\n0\n1")
+    model = CestModel.model_validate(TWO_POOLS)
+    monkeypatch.setattr(pulseq_cest, "MAX_MAPS_BYTES", 8 * 90 * 42)
+    with pytest.raises(InputError, match="smaller max_pulse_samples"):
+        simulate(pulseq.parse(ramp), model)
+    monkeypatch.setattr(pulseq_cest, "MAX_EVENTS", 90)
+    with pytest.raises(InputError, match="more than 90 steps"):
+        simulate(pulseq.parse(ramp), model)
