@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 
 from scansteer.realtime import metrics
 from scansteer.realtime.attendance import Requester
-from scansteer.realtime.codec import Bytes, ProtocolError, decode, encode, encode_answer, encode_arrays
+from scansteer.realtime.codec import Bytes, ProtocolError, decode, encode, encode_arrays
 from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.hosted import HostedSession, same_opening
+from scansteer.realtime.intake import Intake, refusal_of
 from scansteer.realtime.journal import JournalError
 from scansteer.realtime.messages import (
     REQUESTS,
-    Accepted,
     Close,
     Closed,
     CommandAck,
@@ -104,6 +104,7 @@ class Broker:
         self.sessions = Registry(config, make, submit)
         self._clock = clock
         self._outbox = Outbox()
+        self._intake = Intake(self._outbox, self.metrics, self._refusal)
         self._steering = Steering(config, self._outbox, clock)
         self.sessions.recover(clock())
 
@@ -116,16 +117,15 @@ class Broker:
             message, bodies = decode(frames, max_body_bytes=self.config.limits.max_image_bytes)
         except ProtocolError as error:
             return [self._refusal(identity, error.request_id, None, error)]
+        request = Request(identity, frames, user)
         try:
-            return self._dispatch(message, bodies, Request(identity, frames, user))
-        except ProtocolError as error:
-            refused = error
-        except JournalError as error:
-            log.error("%s", error)
-            refused = ProtocolError("disk", "The disk does not take it; what was accepted before is safe.")
-        except Exception:  # a mistake of ours in answering one message must not end the service for all
-            log.exception("a message could not be answered")
-            refused = ProtocolError("failed", "Internal error; the service's log has the details.")
+            if isinstance(message, Image):
+                self._intake.take(self._session(message), message, bodies[0], request)
+                return []
+            self._intake.write()
+            return self._dispatch(message, request)
+        except Exception as error:  # a mistake of ours in answering one message must not end the service for all
+            refused = refusal_of(error)
         session_id = message.session_id if isinstance(message, SessionMessage) else None
         return [self._refusal(identity, message.request_id, session_id, refused)]
 
@@ -144,6 +144,7 @@ class Broker:
     def tick(self) -> list[Outgoing]:
         """What is due: repeat what was not acknowledged, ask for gaps, let go of who and what was not heard of."""
         now = self._clock()
+        self._intake.write()
         outgoing: list[Outgoing] = []
         for session in self.sessions:
             outgoing += self._steering.due(session)
@@ -153,17 +154,22 @@ class Broker:
         return outgoing
 
     def commit(self) -> list[Outgoing]:
-        """Make durable what was appended, and release the answers that waited for it."""
+        """Write down what was taken in, make it durable, and release the answers that waited for it."""
+        self._intake.write()
+        outgoing = [gap for session in self._dirty_sessions() for gap in self._ask_for_gaps(session)]
         failed: set[str] = set()
-        for session in filter(None, map(self.sessions.get, self._outbox.dirty if self.config.fsync else ())):
+        for session in self._dirty_sessions() if self.config.fsync else ():
             try:
                 session.sync()
             except JournalError as error:
                 log.error("%s", error)
                 session.take(Failed("The disk failed."))
                 failed.add(session.opening.session_id)
-        outgoing, not_durable = self._outbox.release(failed)
-        return outgoing + [self._not_durable(session_id, held) for session_id, held in not_durable]
+        durable, not_durable = self._outbox.release(failed)
+        return outgoing + durable + [self._not_durable(session_id, held) for session_id, held in not_durable]
+
+    def _dirty_sessions(self) -> list[HostedSession]:
+        return [session for session in map(self.sessions.get, self._outbox.dirty) if session is not None]
 
     def close(self) -> None:
         """Give the data folder free. Open sessions stay as their journals say, and go on when the service is started again."""
@@ -187,10 +193,8 @@ class Broker:
 
     # Requests.
 
-    def _dispatch(self, message: WireMessage, bodies: Sequence[Bytes], request: Request) -> list[Outgoing]:
+    def _dispatch(self, message: WireMessage, request: Request) -> list[Outgoing]:
         match message:
-            case Image():
-                return self._image(self._session(message), message, bodies[0], request)
             case Open():
                 return self._open(message, request)
             case SessionMessage():
@@ -245,28 +249,6 @@ class Broker:
         session.attendance.source, session.attendance.last_heard = request.identity, self._clock()
         opened = Opened(request_id=message.request_id, session_id=message.session_id, state=session.state)
         return self._outbox.hold(message.session_id, to(request.identity, opened))
-
-    def _image(self, session: HostedSession, message: Image, body: Bytes, request: Request) -> list[Outgoing]:
-        received = time.perf_counter()
-        session.attendance.source = request.identity
-        known = session.received.find(message)
-        if known is not None:
-            self.metrics.duplicates += 1
-            accepted = known.model_copy(update={"request_id": message.request_id})
-            return self._outbox.hold(message.session_id, to(request.identity, accepted))  # its first copy may not be durable yet
-        session.check_image(message, body)
-        entry = session.append(request.frames, message.crc32)
-        session.times.received[message.repetition] = received
-        session.apply(message, entry)
-        self.metrics.images += 1
-        accepted = encode_answer(
-            Accepted,
-            request_id=message.request_id,
-            session_id=message.session_id,
-            sequence_number=entry.sequence,
-            repetition=message.repetition,
-        )
-        return self._outbox.hold(message.session_id, Outgoing(request.identity, accepted)) + self._ask_for_gaps(session)
 
     def _missing(self, session: HostedSession, message: Missing, request: Request) -> list[Outgoing]:
         session.check_open()

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -19,7 +19,7 @@ from scansteer.protocols.scan import Scan
 from scansteer.realtime.attendance import Attendance
 from scansteer.realtime.codec import Bytes, ProtocolError, decode
 from scansteer.realtime.config import Limits
-from scansteer.realtime.journal import Damage, Entry, Journal, JournalError
+from scansteer.realtime.journal import Damage, Entry, Journal, JournalError, Record
 from scansteer.realtime.messages import (
     Close,
     Control,
@@ -64,6 +64,15 @@ class Times:
 
     received: dict[int, float] = field(default_factory=dict)
     deadline: dict[int, float] = field(default_factory=dict)
+
+
+class Arrival(NamedTuple):
+    """An image that was checked and is not written down yet."""
+
+    message: Image
+    frames: Sequence[Bytes]
+    received_at: float
+    """`time.perf_counter()`."""
 
 
 class HostedSession:
@@ -168,11 +177,27 @@ class HostedSession:
         if known is not None and known != message.pulse:
             raise ProtocolError("conflict", f"Repetition {message.repetition} was reported as played otherwise before.")
 
-    def append(self, frames: Sequence[Bytes], body_crc32: int | None = None) -> Entry:
-        """Write a message down; the checksum of its body, if it was computed already. Durable after `sync`."""
-        if self._journal.end + sum(map(len, frames)) > self._limits.max_session_bytes:
-            raise ProtocolError("limit", f"The journal of session {self.opening.session_id} is full.")
-        return self._journal.append(frames, body_crc32)
+    def append(self, frames: Sequence[Bytes]) -> Entry:
+        """Write a message down. Durable after `sync`."""
+        self._check_room(sum(map(len, frames)))
+        return self._journal.append(frames)
+
+    def add_images(self, arrivals: Sequence[Arrival]) -> list[Entry]:
+        """Write images down that were checked, all or none, and let them take effect.
+
+        Raises
+        ------
+        ProtocolError, JournalError
+            There is no room for them; nothing has changed.
+        """
+        records = [Record(arrival.frames, arrival.message.crc32) for arrival in arrivals]
+        self._check_room(sum(len(frame) for record in records for frame in record.frames))
+        entries = self._journal.append_all(records)
+        for arrival, entry in zip(arrivals, entries, strict=True):
+            self.times.received[arrival.message.repetition] = arrival.received_at
+            self._apply_image(arrival.message, entry)
+        self._give()
+        return entries
 
     def sync(self) -> None:
         """Make everything appended durable."""
@@ -187,10 +212,8 @@ class HostedSession:
     def apply(self, message: WireMessage, entry: Entry) -> None:
         """Change the state as a message that is written down says. The same for a live message and for recovery."""
         match message:
-            case Image(role="image"):
-                self._apply_image(message, entry)
             case Image():
-                self._apply_side_image(message, entry)
+                self._apply_image(message, entry)
             case Missing():
                 for repetition in message.repetitions:
                     self.sequencer.declare_missing(repetition)
@@ -270,18 +293,24 @@ class HostedSession:
         self._n_jobs += 1
         self._submit_job(job, slow)
 
+    def _check_room(self, n_bytes: int) -> None:
+        if self._journal.end + n_bytes > self._limits.max_session_bytes:
+            raise ProtocolError("limit", f"The journal of session {self.opening.session_id} is full.")
+
     # Applying.
 
     def _apply_image(self, message: Image, entry: Entry) -> None:
         self.received.add(message, entry)
+        if message.role != "image":
+            self._apply_side_image(message)
+            return
         self._build()
         if not self.sequencer.add(message.repetition, message.slice, entry):
             self.warn(
                 f"The image of repetition {message.repetition} came after it had been declared missing; it is kept, not used."
             )
 
-    def _apply_side_image(self, message: Image, entry: Entry) -> None:
-        self.received.add(message, entry)
+    def _apply_side_image(self, message: Image) -> None:
         if not self.received.is_underway:
             if self._built:
                 self._submit_build()
@@ -313,6 +342,8 @@ class HostedSession:
                 repetition = message.repetition
                 if repetition is not None:
                     self._submit(lambda: self._actor.exclude(repetition), True)
+            case "confirm":
+                self._submit(self._actor.confirm_stop, False)
             case "advice":
                 self.advice_only = True
                 self.sequencer.waits_for_played = False

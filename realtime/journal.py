@@ -55,6 +55,20 @@ class Entry(NamedTuple):
         return self.body_offset + sum(self.lengths)
 
 
+class Record(NamedTuple):
+    """Frames to be written down together."""
+
+    frames: Sequence[Bytes]
+    body_crc32: int | None = None
+    """CRC-32 of the second of two frames, where it has been computed already."""
+
+    def checksums(self) -> tuple[int, ...]:
+        if self.body_crc32 is None:
+            return tuple(map(zlib.crc32, self.frames))
+        envelope, _ = self.frames
+        return zlib.crc32(envelope), self.body_crc32
+
+
 class Damage(NamedTuple):
     """A stretch of the file that does not check: offset, and how far it goes."""
 
@@ -112,13 +126,12 @@ class Journal:
             os.fsync(descriptor)
         return cls(descriptor, path, end, entries[-1].sequence + 1 if entries else 0), entries, damages
 
-    def append(self, frames: Sequence[Bytes], body_crc32: int | None = None) -> Entry:
-        """Write one record at the end. Not durable before `sync` returned.
+    def append(self, frames: Sequence[Bytes]) -> Entry:
+        """Write one record at the end; see `append_all`."""
+        return self.append_all([Record(frames)])[0]
 
-        Parameters
-        ----------
-        body_crc32
-            CRC-32 of the second of two frames, where the caller has computed it already.
+    def append_all(self, records: Sequence[Record]) -> list[Entry]:
+        """Write records at the end, with one call: all or none. Not durable before `sync` returned.
 
         Raises
         ------
@@ -129,15 +142,19 @@ class Journal:
         """
         if self._broken:
             raise JournalError(f"Journal {self.path} failed before; restart the service when the disk is well.")
-        known = None if len(frames) != 2 else body_crc32
-        checksums = tuple(map(zlib.crc32, frames)) if known is None else (zlib.crc32(frames[0]), known)
-        entry = Entry(self.next_sequence, self.end, tuple(map(len, frames)), checksums)
-        head = _head(entry)
-        end = self.end + len(head) + sum(entry.lengths)
-        self._write(end, entry.offset, [head, *frames])
+        entries: list[Entry] = []
+        parts: list[Bytes] = []
+        end = self.end
+        for sequence, record in enumerate(records, start=self.next_sequence):
+            entry = Entry(sequence, end, tuple(map(len, record.frames)), record.checksums())
+            head = _head(entry)
+            parts += [head, *record.frames]
+            entries.append(entry)
+            end += len(head) + sum(entry.lengths)
+        self._write(end, self.end, parts)
         self.end = end
-        self.next_sequence += 1
-        return entry
+        self.next_sequence += len(entries)
+        return entries
 
     def sync(self) -> None:
         """Make everything appended durable.
