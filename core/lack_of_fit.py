@@ -1,4 +1,10 @@
-"""Does the model describe these images at all? Judged against noise that does not come from the fit (`core.noise`)."""
+"""Does the model describe these images at all? Judged against noise that does not come from the fit (`core.noise`), in two ways.
+
+Before an image is absorbed: is it what was predicted (`core.prediction`)? If the model holds, an image's surprise is 1 on average, and
+the sum over images at most as scattered as a chi-squared with one degree of freedom per image, which is the case where all voxels err
+together. After: is what the fit leaves no more than noise and the allowed discrepancy? Averaged over voxels noise leaves little doubt; an
+error that all voxels share (discrepancy, unmeasured nuisances) is a single draw however many voxels there are, and is judged as one.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +16,49 @@ from jaxtyping import Float
 N_FITTED = 3
 """Amplitude, fraction and rate are fitted in every voxel."""
 LARGEST_RATIO = 1.5
-"""Residual variance over expected variance that is still called a fit. Over a region's hundreds of voxels the ratio of a model that holds
-stays within a few per cent of 1; the published description of the L-arginine phantom reaches 1.7 at 6 and 3.5 at 12 images."""
+"""Variance that a region's noise may leave over what is expected of it. Over hundreds of voxels the ratio of a model that holds stays within a
+few per cent of 1."""
+QUANTILE = 3.09
+"""Standard deviations of a normal that leave 0.1 % above: how improbable a sum of squares may be."""
+
+
+class Record(NamedTuple):
+    """How well the images so far were predicted, each before it was absorbed."""
+
+    surprise: float
+    """Sum over images of `prediction.surprise`."""
+    n_predicted: int
 
 
 class Check(NamedTuple):
     statistic: float | None
     """Median over voxels of the residual variance over the expected one; none while nothing is left over to judge by."""
     passed: bool
+    prediction: float | None = None
+    """Mean surprise of the images so far: 1 if the model holds; none before the first prediction."""
 
 
-def check(residual: Float[np.ndarray, " voxel"], amplitude: Float[np.ndarray, " voxel"], sigma: float, discrepancy: float, n_images: int) -> Check:
-    """Is what the fit leaves no more than noise and the allowed discrepancy?
+def init() -> Record:
+    return Record(0.0, 0)
+
+
+def update(record: Record, surprise: float) -> Record:
+    """One more image, looked at before it is absorbed."""
+    return Record(record.surprise + surprise, record.n_predicted + 1)
+
+
+def check(
+    residual: Float[np.ndarray, " voxel"],
+    amplitude: Float[np.ndarray, " voxel"],
+    sigma: float,
+    discrepancy: float,
+    n_images: int,
+    record: Record = Record(0.0, 0),
+    *,
+    n_shared: int = 0,
+    independent: float = 1.0,
+) -> Check:
+    """Were the images what was predicted, and is what the fit leaves no more than noise and the allowed discrepancy?
 
     Parameters
     ----------
@@ -33,10 +70,37 @@ def check(residual: Float[np.ndarray, " voxel"], amplitude: Float[np.ndarray, " 
         Noise that does not come from the fit [pixel units].
     discrepancy
         Standard deviation of the model's error per image, as allowed before the scan [fraction of M0].
+    record
+        Of the predictions.
+    n_shared
+        Nuisances that were not measured, and that voxels may share.
+    independent
+        Independent voxels per voxel.
     """
+    foretold = record.surprise / record.n_predicted if record.n_predicted else None
+    as_foretold = record.surprise <= quantile(record.n_predicted)
     left = n_images - N_FITTED
     if left < 1:
-        return Check(None, True)
+        return Check(None, as_foretold, foretold)
     expected = sigma**2 + (discrepancy * amplitude) ** 2
     statistic = float(np.median(residual / expected) / left)
-    return Check(statistic, statistic <= LARGEST_RATIO)
+    bound = _bound(left, min(n_shared, left), float(np.median(1 - sigma**2 / expected)), independent * len(residual))
+    return Check(statistic, as_foretold and statistic <= bound, foretold)
+
+
+def quantile(dof: float) -> float:
+    """99.9 % of chi-squared, to 2 % from one degree of freedom on (Wilson and Hilferty 1931, doi:10.1073/pnas.17.12.684)."""
+    return dof * (1 - 2 / (9 * dof) + QUANTILE * np.sqrt(2 / (9 * dof))) ** 3 if dof > 0 else 0.0
+
+
+def _bound(left: int, shared: int, discrepancy_share: float, n_voxels: float) -> float:
+    """Largest ratio that is called a fit.
+
+    Of `left` directions `shared` are one draw for all voxels; in the others so is the discrepancy's share of the variance.
+    """
+    own = left - shared
+    total = quantile(shared)
+    if own:
+        noise = max(LARGEST_RATIO * own, quantile(own * max(n_voxels, 1.0)) / max(n_voxels, 1.0))
+        total += (1 - discrepancy_share) * noise + discrepancy_share * quantile(own)
+    return total / left

@@ -1,11 +1,11 @@
-"""When enough is known: a pure rule on the voxels' intervals, with a streak of confirmations and a veto.
+"""When enough is known: a pure rule on the voxels' intervals, with a streak of confirmations, a veto, and the operator's word where it is asked.
 
 State and update, as everywhere: `init`, then `update` once per image. The rule and its targets are fixed before the scan.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -24,6 +24,8 @@ class Rule(NamedTuple):
     confirmations: int
     plateau: float | None = None
     """Gain of the rest of the schedule [nat of log confidence-region area] below which going on is futile; none: never futile."""
+    asks_operator: bool = False
+    """A stop is proposed, and called only once the operator has confirmed it."""
 
 
 class Region(NamedTuple):
@@ -39,12 +41,20 @@ class State(NamedTuple):
     streak: int
     """Consecutive images at which every region met the target."""
     would_stop_at: int | None
-    """n at which a stop was first called."""
+    """n at which a stop was first called or proposed."""
+    is_confirmed: bool = False
+    """By the operator; forgotten when the streak ends."""
+
+
+Cause = Literal["veto", "target", "few-images", "confirming", "operator", "converged", "plateau"]
+"""Why a verdict is what it is. Continue: something speaks against a stop; the target is not met; it is, but with too few images, not yet
+confirmed by further images, or not yet by the operator. Stop: the target is met; or the rest of the schedule would bring nothing."""
 
 
 class Verdict(NamedTuple):
     stop: bool
     reason: str
+    cause: Cause
 
 
 def init() -> State:
@@ -83,16 +93,24 @@ def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto:
     behind = [region for region in regions if region.fraction_converged < needed(rule, region)]
     futile = rule.plateau is not None and remaining_gain < rule.plateau
     if veto is not None:
-        return State(0, state.would_stop_at), Verdict(False, veto)
+        return State(0, state.would_stop_at), Verdict(False, veto, "veto")
     if behind and not futile:
         worst = min(behind, key=lambda region: region.fraction_converged - needed(rule, region))
         reason = f"{worst.fraction_converged:.0%} of the voxels of region {worst.name!r} have converged, {needed(rule, worst):.0%} are needed."
-        return State(0, state.would_stop_at), Verdict(False, reason)
-    streak = state.streak + 1
+        return State(0, state.would_stop_at), Verdict(False, reason, "target")
+    state = state._replace(streak=state.streak + 1)
     said = f"The rest of the schedule is expected to bring {remaining_gain:.2f} nat, a plateau" if behind else "All regions have converged"
     if n_images < rule.n_min:
-        return State(streak, state.would_stop_at), Verdict(False, f"{said}; no stop before {rule.n_min} images.")
-    if streak < rule.confirmations:
-        return State(streak, state.would_stop_at), Verdict(False, f"{said}; confirmation {streak} of {rule.confirmations}.")
-    at = n_images if state.would_stop_at is None else state.would_stop_at
-    return State(streak, at), Verdict(True, f"{said}, at {streak} consecutive images.")
+        return state, Verdict(False, f"{said}; no stop before {rule.n_min} images.", "few-images")
+    if state.streak < rule.confirmations:
+        return state, Verdict(False, f"{said}; confirmation {state.streak} of {rule.confirmations}.", "confirming")
+    state = state._replace(would_stop_at=n_images if state.would_stop_at is None else state.would_stop_at)
+    said = f"{said}, at {state.streak} consecutive images"
+    if rule.asks_operator and not state.is_confirmed:
+        return state, Verdict(False, f"{said}; a stop waits for the operator's confirmation.", "operator")
+    return state, Verdict(True, f"{said}.", "plateau" if behind else "converged")
+
+
+def confirm(state: State) -> State:
+    """The operator agrees to the stop that the latest verdict proposed; holds as long as the streak."""
+    return state._replace(is_confirmed=True)

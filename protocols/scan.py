@@ -178,6 +178,9 @@ class Stop(Model):
     plateau_nat: Positive | None = None
     """Stop, targets met or not, once the rest of the schedule is expected to take less than this off the log confidence-region area
     [nat]; none: never."""
+    operator_confirmation: bool = False
+    """A stop is proposed and waits for the operator's confirmation; off: it is called. (Whether a called stop is obeyed is the controller's
+    business: by default it only advises.)"""
 
 
 class Limits(Model):

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from scansteer.core import design
+from scansteer.core import design, prediction, predictive
 from scansteer.core.design import Question
 from scansteer.core.grid_posterior import Info
 from scansteer.core.noise import NoiseEstimate
+from scansteer.core.prediction import Prediction
 from scansteer.protocols.limits import Blocks
 from scansteer.protocols.prospect import Advice, Prospect, Rows
 from scansteer.protocols.scan import SaturationBlock, Scan
@@ -22,6 +23,8 @@ jax.config.update("jax_enable_x64", True)  # the physics needs it; core leaves t
 
 N_VOXELS = 64
 """Voxels whose posteriors are asked, spread over regions and posterior means."""
+FEWEST_DOF = 10
+"""Degrees of freedom behind the noise from which on the next image is predicted: before, its scatter is a guess."""
 
 
 class Advisor:
@@ -32,6 +35,10 @@ class Advisor:
         self.scan = scan
         self._prospect = Prospect(scan)
         self._course = self._prospect.begin()
+        self._at_draws, self._predict = jax.jit(predictive.at_draws), jax.jit(prediction.predict)
+        self._asked: tuple[Question, Rows] | None = None
+        self._sample = np.zeros(0, int)
+        self._mean_weights = np.zeros((0, 0))
 
     @property
     def candidates(self) -> Blocks:
@@ -42,11 +49,30 @@ class Advisor:
         self.play(self.scan.schedule[0])
         region = np.arange(len(reference.rehearsal.nrmse))
         self.advise(reference, reference.rehearsal, [region], NoiseEstimate(1.0, 1.0), 0)
-        self._course = self._prospect.begin()
+        self._foresee(self.scan.schedule[0])
+        self._course, self._asked = self._prospect.begin(), None
 
     def play(self, block: SaturationBlock) -> None:
         """Carry magnetisation and history through one repetition."""
         self._course = self._prospect.play(self._course, block)
+
+    def foresee(self, block: SaturationBlock) -> tuple[Int[np.ndarray, " voxel"], Prediction] | None:
+        """What the sampled voxels should read after `block`, as far as the posterior knows that was asked last; to be called before `play`.
+
+        The voxels are indices into the leaves of the `info` that was asked about; none before anything can be said.
+        """
+        if self._asked is None or float(self._asked[0].dof) < FEWEST_DOF:
+            return None
+        counts = np.asarray(self._asked[0].importance) > 0
+        mean, variance = self._foresee(block)
+        return self._sample[counts], Prediction(mean[counts], np.sqrt(variance[counts]))
+
+    def _foresee(self, block: SaturationBlock) -> tuple[np.ndarray, np.ndarray]:
+        assert self._asked is not None
+        question, rows = self._asked
+        signals = self._at_draws(self._prospect.read(self._course, block), rows)
+        mean, variance = self._predict(question, signals, self._mean_weights)
+        return np.asarray(mean, float), np.asarray(variance, float)
 
     def advise(self, reference: Reference, info: Info, regions: Sequence[np.ndarray], noise: NoiseEstimate, repetition: int) -> Advice:
         """After the image of a repetition was absorbed and its block played.
@@ -57,6 +83,7 @@ class Advisor:
             Voxels of each region, as indices into the leaves of `info`.
         """
         question, rows = self._question(reference, info, regions, noise, repetition)
+        self._asked = question, rows
         return self._prospect.advise(self._course, self._prospect.answer(self._course, question, rows, repetition + 1))
 
     def _question(
@@ -66,6 +93,7 @@ class Advisor:
         voxels, importance = sampled(regions, summary.mean)
         seed = design.seed_of(self.scan.name, repetition)
         drawn = design.draw(reference.log_posterior(voxels), summary.mean[voxels], summary.covariance[voxels], box, seed)
+        self._sample, self._mean_weights = voxels, prediction.mean_weights(drawn, summary.mean[voxels], box)
         running = reference.running(voxels, drawn.cells)
         question = Question(
             weights=np.stack([self._prospect.columns(maps) for maps in running.maps]),

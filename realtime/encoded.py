@@ -18,7 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from scansteer.core import agreement, gaussian_region, signal_basis, voxel_columns
 from scansteer.core import coordinate as coordinates
@@ -228,6 +228,10 @@ class Encoded:
     def auditor(self) -> Reference:
         """The reference, whose running sums are those of the audited voxels."""
         return self._reference
+
+    def among_all(self, voxels: Int[np.ndarray, " voxel"]) -> Int[np.ndarray, " voxel"]:
+        """Indices among the region's voxels of those that `for_advice` speaks of."""
+        return voxels if self.source == "reference" or self._sampled is None else self._audited[voxels]
 
     def for_advice(self, info: Info, regions: Sequence[np.ndarray]) -> tuple[Reference, Info, Sequence[np.ndarray]]:
         """The audited voxels and their exact posteriors; a region without any is left out."""

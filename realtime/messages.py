@@ -44,6 +44,8 @@ class RegionReport(Message):
     """Median area over the median area at the previous image."""
     anytime_area_median: float | None
     fraction_converged: float
+    fraction_moved: float = 0.0
+    """Voxels that were found to hold other tissue than before; they do not count as converged."""
 
 
 class Pulse(Message):
@@ -63,10 +65,13 @@ class SuggestedPulse(Pulse):
 
 
 class LackOfFit(Message):
-    """Predictive check of the new image before it was absorbed."""
+    """Does the model describe the images: were they as predicted before they were absorbed, and is what the fit leaves no more than noise?"""
 
     statistic: float | None
+    """Residual variance over noise (and allowed discrepancy), median over voxels."""
     passed: bool
+    prediction: float | None = None
+    """Squared error of the predictions over what was expected of it, mean over the images so far: 1 if the model holds."""
 
 
 class Audit(Message):
@@ -87,6 +92,10 @@ class Latency(Message):
     total: float
 
 
+DecisionCause = Literal["veto", "target", "few-images", "confirming", "operator", "converged", "plateau"]
+"""As `core.stopping.Cause` says. `operator`: a stop is proposed and waits for the command `confirm`; with the action stop: it came."""
+
+
 class Decision(Message):
     """What scansteer says after one image."""
 
@@ -101,6 +110,8 @@ class Decision(Message):
     n_planned: int
     action: Literal["continue", "stop"]
     reason: str
+    cause: DecisionCause | None = None
+    """The reason by name."""
     would_stop_at: int | None
     regions: tuple[RegionReport, ...]
     next_pulse: SuggestedPulse | None
@@ -207,7 +218,7 @@ class Played(SessionMessage):
 
 ControllerMode = Literal["advice", "acting"]
 DecisionOutcome = Literal["obeyed", "advice", "refused", "expired"]
-ControlName = Literal["pause", "resume", "stop", "abort", "exclude", "advice"]
+ControlName = Literal["pause", "resume", "stop", "abort", "exclude", "advice", "confirm"]
 CommandName = Literal["pause", "resume", "stop", "abort"]
 """Those that go on to the controllers."""
 
@@ -233,7 +244,8 @@ class DecisionAck(SessionMessage):
 
 class Control(SessionMessage):
     """The operator's hand. `pause`, `resume`, `stop`, `abort` go on to the controllers; `exclude` takes an image out of the
-    posterior; `advice` takes an acting controller's role away: from the next image on the approved schedule is assumed."""
+    posterior; `advice` takes an acting controller's role away: from the next image on the approved schedule is assumed;
+    `confirm` agrees to the stop that the latest decision proposes."""
 
     kind: Literal["control"] = "control"
     command_id: CommandId

@@ -186,6 +186,10 @@ class Reference:
         self._state, expected = self._play(self.model.forward, self._reading, self._state, self._map_of(block, first=first))
         return jax.block_until_ready(expected)
 
+    def among_all(self, voxels: Int[np.ndarray, " voxel"]) -> Int[np.ndarray, " voxel"]:
+        """Indices among the region's voxels of those that `for_advice` speaks of."""
+        return voxels
+
     def for_advice(self, info: Info, regions: Sequence[np.ndarray]) -> tuple[Reference, Info, Sequence[np.ndarray]]:
         """Running sums to ask about the next pulse, the posterior that belongs to them, and each region's voxels therein."""
         return self, info, regions

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +17,10 @@ import numpy as np
 from scansteer.core import lack_of_fit, noise, stopping
 from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info
-from scansteer.protocols.scan import SaturationBlock, Scan
+from scansteer.protocols import forward
+from scansteer.protocols.scan import SaturationBlock, Scan, bounds
 from scansteer.realtime import maps as map_files
-from scansteer.realtime import roi
+from scansteer.realtime import roi, screening
 from scansteer.realtime.advisor import Advice, Advisor
 from scansteer.realtime.encoded import Encoded
 from scansteer.realtime.images import Frame, Geometry, check_usable
@@ -28,13 +29,13 @@ from scansteer.realtime.messages import (
     LackOfFit,
     Latency,
     Message,
-    ParameterReport,
     Pulse,
-    RegionReport,
     SuggestedPulse,
 )
 from scansteer.realtime.reference import Reference
+from scansteer.realtime.region_report import Reporter, finite
 from scansteer.realtime.roi import Region
+from scansteer.realtime.screening import Foresight, Screen
 from scansteer.realtime.worker import Setup
 
 AUXILIARIES = {"t1": "t1_s", "t2": "t2_s", "b0": "b0_ppm", "b1": "b1_relative", "fss": "fss", "kssw": "kssw"}
@@ -122,22 +123,29 @@ class Session:
         self._reference.reserve(self._most_voxels())
         self._advisor = Advisor(self.scan)
         self._advisor.rehearse(self._reference.auditor if isinstance(self._reference, Encoded) else self._reference)
-        targets = [parameter.target_halfwidth_relative for parameter in self.scan.parameters.values()]
-        stop = self.scan.stop
-        self._rule = stopping.Rule((targets[0], targets[1]), stop.fraction_converged, stop.n_min, stop.confirmations, stop.plateau_nat)
+        self._rule = rule_of(self.scan)
         self._stopping = stopping.init()
+        self._reporter = Reporter(self.scan.parameter_names, self._rule)
+        self._screen = Screen()
+        self._record = lack_of_fit.init()
+        self._fit = lack_of_fit.Check(None, True)
+        self._n_shared = n_shared(self.scan, [AUXILIARIES[role] for role in mapped])
         self._voxels: Voxels | None = None
         self._signals: list[np.ndarray] = []
         self._info: Info | None = None
-        self._areas: dict[str, float | None] = {}
+        self._estimate = noise.NoiseEstimate(1.0, 1.0)
         self._latencies_ms: list[float] = []
         self._n_played = 0
+        self._n_decisions = 0
         self._last: Decision | None = None
         self.ready_s = time.perf_counter() - started
 
     def absorb(self, frame: Frame, *, received_at: float, pulse: Pulse | None = None, deadline: float | None = None) -> Decision:
-        """Update with one repetition's volume and decide; see `worker.Session`."""
+        """Update with one repetition's volume, if it should count, and decide; see `worker.Session`."""
         begun = time.perf_counter()
+        left_out = self._screen.declared(frame)
+        if left_out is not None and self._voxels is None:
+            raise InputError(left_out)
         check_usable(frame)
         block = self._block(frame.repetition, pulse)
         warnings = list(self._opening_warnings) if self._voxels is None else []
@@ -145,14 +153,16 @@ class Session:
         if (difference := voxels.geometry.difference(frame.geometry)) is not None:
             raise InputError(f"The image of repetition {frame.repetition} does not match the first one: {difference}; it is left out.")
         self._skip_to(frame.repetition)
-        self._signals.append(frame.pixels.reshape(-1)[voxels.index])
-        estimate = self._noise()
-        self._info = self._reference.absorb(self._signals[-1], estimate, block, first=self._n_played == 0)
-        self._advisor.play(block)
-        self._n_played += 1
+        signal = frame.pixels.reshape(-1)[voxels.index]
+        foresight = self._foresee(block)
+        left_out = left_out or self._screen.look(frame, block, signal, foresight, self._fit.passed)
+        if left_out is not None:
+            self._play(block)
+            warnings.append(left_out)
+        else:
+            warnings += self._count(frame, block, signal, foresight)
         updated = time.perf_counter()
-        warnings += [self._reference.said] if self._reference.said else []
-        decision = self._decide(frame.repetition, voxels, self._info, estimate, tuple(warnings))
+        decision = self._decide(frame.repetition, voxels, left_out, tuple(warnings))
         done = time.perf_counter()
         latency = Latency(
             receive=1e3 * (begun - received_at), update=1e3 * (updated - begun), decide=1e3 * (done - updated), total=1e3 * (done - received_at)
@@ -167,6 +177,16 @@ class Session:
         block = self._block(repetition, pulse)
         self._skip_to(repetition)
         self._play(block)
+
+    def confirm_stop(self) -> Decision:
+        """The operator agrees to the stop that the latest decision proposed; see `worker.Session`."""
+        if self._last is None or (self._last.cause, self._last.action) != ("operator", "continue"):
+            raise InputError("There is no stop to confirm: the latest decision proposes none.")
+        self._stopping = stopping.confirm(self._stopping)
+        update = {"action": "stop", "next_pulse": None, "reason": "The operator has confirmed the stop."}
+        self._last = self._last.model_copy(update={**update, "sequence_number": self._n_decisions})
+        self._n_decisions += 1
+        return self._last
 
     def maps(self) -> dict[str, np.ndarray]:
         """Name -> (z, y, x) float32, NaN outside the region."""
@@ -185,7 +205,7 @@ class Session:
             scan=self.scan.name,
             n_images=len(self._signals),
             would_stop_at=self._stopping.would_stop_at,
-            nrmse_median=None if self._info is None else _finite(np.median(self._info.nrmse)),
+            nrmse_median=None if self._info is None else finite(np.median(self._info.nrmse)),
             latency_ms=LatencyPercentiles(p50=float(np.percentile(latencies, 50)), p99=float(np.percentile(latencies, 99))) if latencies else None,
             ready_s=self.ready_s,
             versions=versions(),
@@ -222,6 +242,23 @@ class Session:
         while self._n_played < repetition:
             self._play(self._block(self._n_played, None))
 
+    def _foresee(self, block: SaturationBlock) -> Foresight | None:
+        """What the next image should read."""
+        foreseen = self._advisor.foresee(block)
+        return None if foreseen is None else Foresight(self._reference.among_all(foreseen[0]), foreseen[1])
+
+    def _count(self, frame: Frame, block: SaturationBlock, signal: np.ndarray, foresight: Foresight | None) -> list[str]:
+        """Absorb an image that counts; what there is to say about it."""
+        moved = self._screen.keep(frame, block, signal)
+        if foresight is not None:
+            self._record = lack_of_fit.update(self._record, screening.surprise(foresight, signal))
+        self._signals.append(signal)
+        self._estimate = self._noise()
+        self._info = self._reference.absorb(signal, self._estimate, block, first=self._n_played == 0)
+        self._advisor.play(block)
+        self._n_played += 1
+        return [said for said in (moved, self._reference.said) if said]
+
     def _play(self, block: SaturationBlock) -> None:
         """A repetition without an image that counts."""
         self._reference.play(block, first=self._n_played == 0)
@@ -244,6 +281,7 @@ class Session:
             AUXILIARIES[role]: auxiliaries[role].pixels.reshape(-1)[index] * _to_scan_unit(role, self.scan.larmor_hz_per_ppm) for role in self._roles
         }
         self._reference.begin(maps, frame.pixels.reshape(-1)[index])
+        self._screen.begin(len(index))
         warnings.extend(self._outside_range(maps))
         self._voxels = voxels
         return voxels
@@ -275,41 +313,35 @@ class Session:
     def _noise(self) -> noise.NoiseEstimate:
         if self.scan.noise.sigma is not None:
             return noise.NoiseEstimate(self.scan.noise.sigma, 1e4)
-        images = np.stack(self._signals)
+        images = self._screen.history()
         return noise.from_images(images @ images.T, images.shape[1], self.scan.noise.effective_voxel_fraction)
 
-    def _decide(self, repetition: int, voxels: Voxels, info: Info, estimate: noise.NoiseEstimate, warnings: tuple[str, ...]) -> Decision:
-        n = len(self._signals)
-        summary = info.summary
-        halfwidth = stopping.relative_halfwidth(summary.map, summary.lower, summary.upper)
-        converged = stopping.converged(self._rule, halfwidth, summary.edge_mass)
-        residual = info.nrmse.astype(float) ** 2 * np.sum(np.square(self._signals), axis=0)
-        fit = lack_of_fit.check(residual, info.amplitude, estimate.sigma, self.scan.noise.discrepancy, n)
-        veto = None if fit.passed else f"The model does not fit: residual variance {fit.statistic:.1f} x noise; continue the approved schedule."
-        veto = veto or self._reference.veto
+    def _decide(self, repetition: int, voxels: Voxels, left_out: str | None, warnings: tuple[str, ...]) -> Decision:
+        """After an image that counts, or that was left out for a reason."""
+        info, n = self._info, len(self._signals)
+        assert info is not None
+        if left_out is None:
+            self._fit = self._judge_fit(info)
+        reports = self._reporter.report(voxels.regions, voxels.places, info, self._screen.moved)
         independent = self.scan.noise.effective_voxel_fraction
-        progress = [
-            stopping.Region(region.name, float(np.mean(converged[at])), independent * len(at))
-            for region, at in zip(voxels.regions, voxels.places, strict=True)
-        ]
-        advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), estimate, repetition)
+        progress = [stopping.Region(each.name, each.fraction_converged, independent * each.n_voxels) for each in reports]
+        advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), self._estimate, repetition)
+        veto = left_out or _misfit(self._fit) or self._reference.veto
         self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto, advice.remaining_gain)
-        reports = tuple(
-            self._report(region.name, info, at, halfwidth[at], float(np.mean(converged[at])))
-            for region, at in zip(voxels.regions, voxels.places, strict=True)
-        )
+        self._n_decisions += 1
         return Decision(
             session_id=self._setup.session_id,
-            sequence_number=n - 1,
+            sequence_number=self._n_decisions - 1,
             repetition=repetition,
             n_images=n,
             n_planned=len(self.scan.schedule),
             action="stop" if verdict.stop else "continue",
             reason=verdict.reason,
+            cause=verdict.cause,
             would_stop_at=self._stopping.would_stop_at,
             regions=reports,
             next_pulse=None if verdict.stop else _suggestion(advice),
-            lack_of_fit=LackOfFit(statistic=fit.statistic, passed=fit.passed),
+            lack_of_fit=LackOfFit(**self._fit._asdict()),
             posterior_source=self._reference.source,
             audit=self._reference.audit,
             valid_until_repetition=repetition + 1,
@@ -318,30 +350,13 @@ class Session:
             warnings=warnings,
         )
 
-    def _report(self, name: str, info: Info, at: np.ndarray, halfwidth: np.ndarray, fraction_converged: float) -> RegionReport:
-        summary = info.summary
-        area = _finite(np.median(summary.cr_area[at]))
-        before, self._areas[name] = self._areas.get(name), area
-        parameters = {
-            parameter: ParameterReport(
-                median=_finite(np.median(summary.map[at, axis])),
-                ci_lower=_finite(np.median(summary.lower[at, axis])),
-                ci_upper=_finite(np.median(summary.upper[at, axis])),
-                ci_halfwidth_relative=_finite(np.median(halfwidth[:, axis])),
-                fraction_prior_limited=float(np.mean(summary.edge_mass[at, axis] > stopping.PRIOR_LIMIT)),
-            )
-            for axis, parameter in enumerate(self.scan.parameter_names)
-        }
-        return RegionReport(
-            name=name,
-            n_voxels=len(at),
-            parameters=parameters,
-            cr_area_median=area,
-            cr_area_p90=_finite(np.percentile(summary.cr_area[at], 90)),
-            cr_shrinkage=area / before if area is not None and before else None,
-            anytime_area_median=_finite(np.median(summary.anytime_area[at])),
-            fraction_converged=fraction_converged,
-        )
+    def _judge_fit(self, info: Info) -> lack_of_fit.Check:
+        residual = info.nrmse.astype(float) ** 2 * np.sum(np.square(self._signals), axis=0)
+        described = self.scan.noise
+        return lack_of_fit.check(
+            residual, info.amplitude, self._estimate.sigma, described.discrepancy, len(self._signals), self._record,
+            n_shared=self._n_shared, independent=described.effective_voxel_fraction,
+        )  # fmt: skip
 
     def _painted(self, values: np.ndarray) -> np.ndarray:
         assert self._voxels is not None
@@ -354,13 +369,33 @@ def _suggestion(advice: Advice) -> SuggestedPulse | None:
     return None if advice.block is None else SuggestedPulse(**advice.block.model_dump(), expected_gain=advice.gain)
 
 
+def rule_of(scan: Scan) -> stopping.Rule:
+    """The scan's own stop rule."""
+    first, second = (parameter.target_halfwidth_relative for parameter in scan.parameters.values())
+    stop = scan.stop
+    targets = (first, second)
+    return stopping.Rule(targets, stop.fraction_converged, stop.n_min, stop.confirmations, stop.plateau_nat, stop.operator_confirmation)
+
+
+def n_shared(scan: Scan, mapped: Sequence[str]) -> int:
+    """Nuisances that are not measured voxel by voxel."""
+    axes = (*forward.chain_axes(scan), *forward.tissue_axes(scan))
+    lower, upper = bounds(scan.readout.offset)
+    return sum(axis.name not in mapped for axis in axes) + (upper > lower)
+
+
+def _misfit(fit: lack_of_fit.Check) -> str | None:
+    """Why a model that does not fit forbids a stop."""
+    if fit.passed:
+        return None
+    said = [] if fit.statistic is None else [f"residual variance {fit.statistic:.1f} x noise"]
+    said += [] if fit.prediction is None else [f"prediction errors {fit.prediction:.1f} x expected"]
+    return f"The model does not fit: {', '.join(said)}; continue the approved schedule."
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     return {name: metadata.version(name) for name in ("scansteer", "jax", "jaxlib", "numpy")}
-
-
-def _finite(value: float | np.floating) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _usable_roles(scan: Scan, roles: list[str]) -> tuple[list[str], list[str]]:

@@ -60,6 +60,16 @@ class Session(Protocol):
         """No usable image of this repetition exists, but its pulse was played: carry the magnetisation on."""
         ...
 
+    def confirm_stop(self) -> Decision:
+        """The operator agrees to the stop that the latest decision proposed: the same decision, as a stop.
+
+        Raises
+        ------
+        InputError
+            No stop is proposed.
+        """
+        ...
+
     def maps(self) -> dict[str, np.ndarray]:
         """Name -> (z, y, x) float32, NaN outside the region."""
         ...
@@ -185,6 +195,15 @@ class Actor:
         """Take an image out of the posterior: everything else is absorbed again by a new session."""
         self._excluded.add(repetition)
         return self._rebuild(f"The image of repetition {repetition} was excluded by the operator.")
+
+    def confirm_stop(self) -> list[Event]:
+        """The operator agrees to a proposed stop. It holds for the posterior that it was given for: what absorbs everything again asks anew."""
+        if self._session is None:
+            return [Warned("A stop was confirmed before there was a posterior; nothing follows from it.")]
+        try:
+            return self._published(self._session.confirm_stop())
+        except InputError as error:
+            return [Warned(str(error))]
 
     def change_region(self, side_images: SideImages) -> list[Event]:
         """Absorb everything again with another mask."""

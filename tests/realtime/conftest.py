@@ -75,6 +75,9 @@ class FakeSession:
         self.next_repetition += 1
         self._mix(f"missing {repetition} {pulse}", np.zeros(1))
 
+    def confirm_stop(self) -> Decision:
+        raise InputError("There is no stop to confirm.")
+
     def maps(self) -> dict[str, np.ndarray]:
         if self.n_images == 0:
             raise InputError("There is no map before the first image.")

@@ -1,0 +1,68 @@
+"""What a decision says of each region, from the summaries of its voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from scansteer.core import stopping
+from scansteer.core.grid_posterior import Info
+from scansteer.core.region import Summary
+from scansteer.core.stopping import Rule
+from scansteer.realtime.messages import ParameterReport, RegionReport
+from scansteer.realtime.roi import Region
+
+
+class Reporter:
+    """Reports on the regions of one session; remembers each region's area at the latest image."""
+
+    def __init__(self, parameters: Sequence[str], rule: Rule) -> None:
+        self._parameters = parameters
+        self._rule = rule
+        self._areas: dict[str, float | None] = {}
+
+    def report(
+        self, regions: Sequence[Region], places: Sequence[np.ndarray], info: Info, moved: Bool[np.ndarray, " voxel"]
+    ) -> tuple[RegionReport, ...]:
+        """One report per region; `places` are its voxels among the leaves of `info`. Voxels that moved do not count as converged."""
+        summary = info.summary
+        halfwidth = stopping.relative_halfwidth(summary.map, summary.lower, summary.upper)
+        converged = stopping.converged(self._rule, halfwidth, summary.edge_mass) & ~moved
+        return tuple(
+            self._one(region.name, summary, at, halfwidth[at], float(np.mean(converged[at])), float(np.mean(moved[at])))
+            for region, at in zip(regions, places, strict=True)
+        )
+
+    def _one(
+        self, name: str, summary: Summary, at: np.ndarray, halfwidth: Float[np.ndarray, "voxel 2"], fraction_converged: float, fraction_moved: float
+    ) -> RegionReport:
+        area = finite(np.median(summary.cr_area[at]))
+        before, self._areas[name] = self._areas.get(name), area
+        parameters = {
+            parameter: ParameterReport(
+                median=finite(np.median(summary.map[at, axis])),
+                ci_lower=finite(np.median(summary.lower[at, axis])),
+                ci_upper=finite(np.median(summary.upper[at, axis])),
+                ci_halfwidth_relative=finite(np.median(halfwidth[:, axis])),
+                fraction_prior_limited=float(np.mean(summary.edge_mass[at, axis] > stopping.PRIOR_LIMIT)),
+            )
+            for axis, parameter in enumerate(self._parameters)
+        }
+        return RegionReport(
+            name=name,
+            n_voxels=len(at),
+            parameters=parameters,
+            cr_area_median=area,
+            cr_area_p90=finite(np.percentile(summary.cr_area[at], 90)),
+            cr_shrinkage=area / before if area is not None and before else None,
+            anytime_area_median=finite(np.median(summary.anytime_area[at])),
+            fraction_converged=fraction_converged,
+            fraction_moved=fraction_moved,
+        )
+
+
+def finite(value: float | np.floating) -> float | None:
+    """None in place of what is undefined."""
+    return float(value) if np.isfinite(value) else None

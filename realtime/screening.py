@@ -1,0 +1,131 @@
+"""Which images, and which voxels, should not count: looked at when an image arrives and before it is absorbed, by this image and earlier ones.
+
+Typed: an image that its header declares a dummy, or to be no image. Detected: a duplicate, an image that was rescaled or is of another kind
+(`core.rescaling`), an image of a subject that moved, voxels that hold other tissue than before (`core.continuity`). An image that does not
+count leaves no trace but its pulse. A voxel that moved is followed on, and never counts as converged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from scansteer.core import continuity, noise, prediction, rescaling
+from scansteer.core.prediction import Prediction
+from scansteer.protocols.scan import SaturationBlock
+from scansteer.realtime.images import Frame
+
+NOISELESS = 1e-3
+"""Noise over signal below which images were simulated without noise: no scanner's are that quiet."""
+
+
+class Foresight(NamedTuple):
+    """What some voxels of the region should read at the next image."""
+
+    voxels: np.ndarray
+    prediction: Prediction
+
+    def of(self, signal: Float[np.ndarray, " voxel"]) -> Float[np.ndarray, " voxel"]:
+        return signal[self.voxels]
+
+
+class Screen:
+    """The images of one session so far, and what is wrong with them."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, tuple[int, SaturationBlock]] = {}
+        self._continuity = continuity.init(0)
+        self._factor: float | None = None
+        self._departure: continuity.Departure | None = None
+
+    @property
+    def moved(self) -> Bool[np.ndarray, " voxel"]:
+        """Voxels of the region that moved."""
+        return self._continuity.moved
+
+    def begin(self, n_voxels: int) -> None:
+        """Fix the region."""
+        self._continuity = continuity.init(n_voxels)
+
+    def declared(self, frame: Frame) -> str | None:
+        """Why an image does not count by its own header."""
+        named = f"The image of repetition {frame.repetition}"
+        if frame.is_dummy:
+            return f"{named} is left out: its header declares it a dummy."
+        if frame.role != "image":
+            return f"{named} is left out: its header declares it {frame.role!r}, not an image."
+        return None
+
+    def look(
+        self, frame: Frame, block: SaturationBlock, signal: Float[np.ndarray, " voxel"], foresight: Foresight | None, is_trusted: bool
+    ) -> str | None:
+        """Why an image does not count; none: it does.
+
+        Parameters
+        ----------
+        block
+            What was played for it.
+        signal
+            Its values in the region.
+        foresight
+            None: the posterior cannot say yet.
+        is_trusted
+            The model fits the images so far: only then does it tell a rescaled image from its own failure.
+        """
+        named = f"The image of repetition {frame.repetition}"
+        self._departure = None
+        if (earlier := self._duplicate_of(frame, block)) is not None:
+            return f"{named} is left out: it is a duplicate, pixel by pixel, of that of repetition {earlier}."
+        factor = None if foresight is None or not is_trusted else rescaling.factor(foresight.prediction, foresight.of(signal), self._factor)
+        self._factor = factor
+        if factor is not None:
+            return f"{named} is left out: it reads {factor:.3g} times what was expected (rescaled, receiver gain, or another kind of image)."
+        self._departure = continuity.compare(self._continuity, signal)
+        if self._departure is not None and self._departure.of_all:
+            return (
+                f"{named} is left out: its voxels spread {self._departure.excess:.1f} times as far as noise, {self._departure.share:.0%} of them "
+                "depart from all earlier images (the subject moved, or the image is damaged)."
+            )
+        return None
+
+    def keep(self, frame: Frame, block: SaturationBlock, signal: Float[np.ndarray, " voxel"]) -> str | None:
+        """An image that was looked at counts; a sentence if voxels are found to have moved."""
+        self._seen[_identity(frame)] = frame.repetition, block
+        before = np.count_nonzero(self.moved)
+        self._continuity = continuity.update(self._continuity, signal, self._departure)
+        found = np.count_nonzero(self.moved) - before
+        if not found:
+            return None
+        share = np.mean(self.moved)
+        return f"{found} voxels moved at or before repetition {frame.repetition}: {share:.1%} of the region do not count as converged any more."
+
+    def history(self) -> Float[np.ndarray, "image voxel"]:
+        """The images that count; where a voxel departed, what was expected instead."""
+        return np.stack(self._continuity.history)
+
+    def _duplicate_of(self, frame: Frame, block: SaturationBlock) -> int | None:
+        """Repetition of an earlier image with the same pixels: noise never comes twice. Simulated images without noise may, of one pulse."""
+        earlier = self._seen.get(_identity(frame))
+        if earlier is None or (earlier[1] == block and self._is_noiseless()):
+            return None
+        return earlier[0]
+
+    def _is_noiseless(self) -> bool:
+        if len(self._continuity.history) < continuity.FIRST:
+            return False
+        history = self.history()
+        sigma = noise.from_images(history @ history.T, history.shape[1]).sigma
+        return sigma < NOISELESS * float(np.sqrt(np.mean(history**2)))
+
+
+def surprise(foresight: Foresight, signal: Float[np.ndarray, " voxel"]) -> float:
+    """How far an image is from what was foreseen; see `core.prediction.surprise`."""
+    return prediction.surprise(foresight.prediction, foresight.of(signal))
+
+
+def _identity(frame: Frame) -> bytes:
+    """The same for images that agree in all pixels."""
+    return hashlib.blake2b(np.ascontiguousarray(frame.pixels), digest_size=16).digest()
