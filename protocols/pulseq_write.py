@@ -14,6 +14,7 @@ import numpy as np
 
 from scansteer.core.errors import InputError
 from scansteer.core.signal import GAUSS_SIGMA
+from scansteer.protocols import limits
 from scansteer.protocols.scan import GAMMA_RAD_PER_S_PER_T, SaturationBlock, Scan
 
 GAMMA_HZ_PER_UT = GAMMA_RAD_PER_S_PER_T / (2 * math.pi) * 1e-6
@@ -30,18 +31,21 @@ def write_schedule(scan: Scan, path: str | Path, blocks: Sequence[SaturationBloc
     Raises
     ------
     InputError
-        A block is outside the scan's limits in amplitude, or pypulseq is not installed.
+        A block is outside the scan's limits of amplitude, offset, times or duty cycle, pypulseq is not installed, or the file cannot be written.
     """
     pulseq = _pypulseq()
     blocks = scan.schedule if blocks is None else blocks
     system = pulseq.Opts(max_grad=40, grad_unit="mT/m", max_slew=130, slew_unit="T/m/s", rf_dead_time=0, rf_ringdown_time=0)
     sequence = pulseq.Sequence(system=system)
-    for number, block in enumerate(blocks):
-        _check(scan, block, number)
+    _check(scan, blocks)
+    for block in blocks:
         _add(pulseq, sequence, system, scan, block)
     for name, value in _definitions(scan, blocks).items():
         sequence.set_definition(name, value)
-    sequence.write(str(path), v141_compat=True)
+    try:
+        sequence.write(str(path), v141_compat=True)
+    except OSError as error:
+        raise InputError(f"Cannot write sequence {path}: {error.strerror or error}.") from error
 
 
 def write_pulse(scan: Scan, block: SaturationBlock, path: str | Path) -> None:
@@ -57,10 +61,13 @@ def _pypulseq() -> Any:
     return pypulseq
 
 
-def _check(scan: Scan, block: SaturationBlock, number: int) -> None:
-    if block.b1_ut > scan.limits.b1_max_ut:
+def _check(scan: Scan, blocks: Sequence[SaturationBlock]) -> None:
+    inside = limits.within_ranges(scan.limits, scan.train, limits.blocks(blocks))
+    for number in np.flatnonzero(~inside).tolist():
+        block = blocks[number]
         raise InputError(
-            f"Block {number} asks for {block.b1_ut:g} uT; scan {scan.name!r} allows {scan.limits.b1_max_ut:g} uT (limits.b1_max_ut)."
+            f"Block {number} ({block.b1_ut:g} uT at {block.offset_ppm:g} ppm for {block.t_sat_s:g} s after {block.t_rec_s:g} s) lies outside what "
+            f"scan {scan.name!r} allows (limits: amplitude, offset, times, duty cycle); change the block or the limits."
         )
 
 
@@ -98,20 +105,21 @@ def _add_train(pulseq: Any, sequence: Any, system: Any, scan: Scan, block: Satur
     phase = 0.0
     for pulse in range(n):
         if scan.train.spin_lock:
-            _add_tip(pulseq, sequence, system, tip, phase + math.pi / 2)
+            _add_tip(pulseq, sequence, system, scan, tip, phase + math.pi / 2)
         sequence.add_block(_saturation(pulseq, system, scan, amplitude, length, offset, phase))
         phase = math.fmod(phase + 2 * math.pi * offset * length, 2 * math.pi)
         if scan.train.spin_lock:
-            _add_tip(pulseq, sequence, system, -tip, phase + math.pi / 2)
+            _add_tip(pulseq, sequence, system, scan, -tip, phase + math.pi / 2)
         if pulse < n - 1 and pause > 0:
             sequence.add_block(pulseq.make_delay(pause))
 
 
-def _add_tip(pulseq: Any, sequence: Any, system: Any, angle: float, phase: float) -> None:
-    """Turn from z towards the phase axis: RF a quarter turn ahead of it turns the other way round."""
-    pulse = pulseq.make_block_pulse(
-        flip_angle=abs(angle), duration=TIP_S, phase_offset=_turn(phase if angle < 0 else phase + math.pi), system=system, use="preparation"
-    )
+def _add_tip(pulseq: Any, sequence: Any, system: Any, scan: Scan, angle: float, phase: float) -> None:
+    """Turn from z towards the phase axis: RF a quarter turn ahead of it turns the other way round. As short as its limit of amplitude allows."""
+    shortest = abs(angle) / (2 * math.pi * GAMMA_HZ_PER_UT * scan.limits.b1_max_ut)
+    length = max(TIP_S, math.ceil(shortest / RASTER_S) * RASTER_S)
+    turned = _turn(phase if angle < 0 else phase + math.pi)
+    pulse = pulseq.make_block_pulse(flip_angle=abs(angle), duration=length, phase_offset=turned, system=system, use="preparation")
     sequence.add_block(pulse)
 
 

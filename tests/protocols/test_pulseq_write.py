@@ -36,7 +36,7 @@ def as_model(scan):
     [
         ("larg-phantom-9.4T", {}),
         ("mt-human-3T", {}),
-        ("mt-human-3T", {"train": Train(n_pulses=4, duty_cycle=0.8, shape="gauss")}),
+        ("mt-human-3T", {"train": Train(n_pulses=4, duty_cycle=0.8, shape="gauss"), "limits": BUILTIN["mt-mouse-7T"].limits}),
     ],
     ids=["cw", "spin-lock", "gauss"],
 )
@@ -60,11 +60,30 @@ def test_a_single_suggested_pulse_is_written(tmp_path):
     assert pulse.frequency_hz == pytest.approx(8 * 298.03, rel=1e-4)
 
 
-def test_pulses_beyond_the_limits_are_not_written(tmp_path):
+@pytest.mark.parametrize("changes", [{"b1_ut": 60.0}, {"offset_ppm": 3.5}, {"t_sat_s": 20.0}, {"t_rec_s": 0.1}])
+def test_pulses_beyond_the_limits_are_not_written(changes, tmp_path):
     scan = BUILTIN["mt-mouse-7T"]
-    with pytest.raises(InputError, match="allows 6 uT"):
-        pulseq_write.write_pulse(scan, scan.schedule[1].model_copy(update={"b1_ut": 60.0}), tmp_path / "pulse.seq")
+    with pytest.raises(InputError, match="outside what scan 'mt-mouse-7T' allows") as error:
+        pulseq_write.write_pulse(scan, scan.schedule[1].model_copy(update=changes), tmp_path / "pulse.seq")
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "pulse.seq").exists()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    scan = BUILTIN["mt-mouse-7T"]
+    with pytest.raises(InputError, match=r"Cannot write sequence .*nowhere"):
+        pulseq_write.write_pulse(scan, scan.schedule[1], tmp_path / "nowhere" / "pulse.seq")
+
+
+def test_tips_of_a_spin_lock_on_resonance_keep_to_the_amplitude_that_the_limits_allow(tmp_path):
+    near = BUILTIN["amide-human-3T"]
+    block = near.schedule[1].model_copy(update={"offset_ppm": 0.0})
+    pulseq_write.write_pulse(near, block, tmp_path / "pulse.seq")
+    pulses = [block.pulse for block in pulseq.load(tmp_path / "pulse.seq").blocks if block.pulse]
+    assert len(pulses) == 3 * 13
+    assert max(pulse.amplitude_hz.max() for pulse in pulses) <= near.limits.b1_max_ut * 42.5764
+    # a quarter turn
+    assert pulses[0].amplitude_hz[0] * pulses[0].length_s == pytest.approx(0.25, rel=1e-4)
 
 
 def test_without_pypulseq_the_way_out_is_named(monkeypatch, tmp_path):
