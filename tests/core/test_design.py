@@ -1,0 +1,148 @@
+"""The choice of the next pulse: who is asked, where posteriors are drawn, and what an image is worth."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scansteer.core import design
+from scansteer.core.design import Conditional, Question, Quota
+from scansteer.core.lattice import Box
+
+BOX = Box(jnp.array([0.0, 0.0]), jnp.array([0.004, 1500.0]), (40, 40))
+
+
+def gaussian(mean, covariance):
+    """Log density on the lattice, voxel by voxel, up to a constant."""
+    f, k = (np.asarray(BOX.value(axis, jnp.arange(40.0))) for axis in (0, 1))
+    points = np.stack(np.meshgrid(f, k, indexing="ij"), axis=-1).reshape(-1, 2)
+    off = points - np.asarray(mean)[:, None]
+    return -0.5 * np.einsum("vci,vij,vcj->vc", off, np.linalg.inv(covariance), off)
+
+
+def variance_over(drawn, values):
+    """What `contrast` makes of values at the lattice cells."""
+    at = values[drawn.cells]
+    return np.sum(np.einsum("vhk,vk->vh", drawn.contrast, at) ** 2, axis=1)
+
+
+def test_stratified_voxels_spread_over_both_parameters():
+    values = np.random.default_rng(0).uniform(size=(900, 2))
+    chosen = design.stratify(np.arange(900), values, 25)
+    assert len(set(chosen)) == 25
+    assert np.all(np.histogram(values[chosen, 0], bins=5, range=(0, 1))[0] >= 3)
+    assert np.all(np.histogram(values[chosen, 1], bins=5, range=(0, 1))[0] >= 3)
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=12), st.integers(12, 200))
+def test_no_region_starves(sizes, n):
+    shares = design.share_out(sizes, n)
+    assert sum(shares) <= n
+    assert all(1 <= share <= size for share, size in zip(shares, sizes, strict=True))
+    assert all(share >= min(size, int(0.5 * n / len(sizes))) for share, size in zip(shares, sizes, strict=True)) or sum(shares) == n
+
+
+def test_draws_of_a_wide_posterior_vary_as_it_does():
+    mean, sd = np.array([[0.002, 700.0]]), np.array([4e-4, 150.0])
+    covariance = np.array([[[sd[0] ** 2, 0.6 * sd[0] * sd[1]], [0.6 * sd[0] * sd[1], sd[1] ** 2]]])
+    f, k = (np.asarray(BOX.value(axis, jnp.arange(40.0))) for axis in (0, 1))
+    drawn = [design.draw(gaussian(mean, covariance), mean, covariance, BOX, seed) for seed in range(200)]
+    assert not np.any(drawn[0].weights == 1)  # sampled, not linearised
+    spread = np.mean([variance_over(each, np.repeat(f, 40)) for each in drawn])
+    assert spread == pytest.approx(sd[0] ** 2, rel=0.1)  # 16 draws at a time
+    assert np.mean([variance_over(each, np.tile(k, 40)) for each in drawn]) == pytest.approx(sd[1] ** 2, rel=0.1)
+
+
+def test_a_posterior_narrower_than_the_lattice_is_linearised():
+    mean, sd = np.array([[0.002, 700.0]]), np.array([2e-5, 9.0])
+    covariance = np.array([[[sd[0] ** 2, -0.7 * sd[0] * sd[1]], [-0.7 * sd[0] * sd[1], sd[1] ** 2]]])
+    drawn = design.draw(gaussian(mean, covariance), mean, covariance, BOX, 0)
+    f, k = (np.asarray(BOX.value(axis, jnp.arange(40.0))) for axis in (0, 1))
+    total = np.repeat(f, 40) / sd[0] + np.tile(k, 40) / sd[1]
+    assert variance_over(drawn, total)[0] == pytest.approx(2 - 2 * 0.7, rel=0.1)  # a step of the lattice is not straight in f and k
+
+
+def question(columns, signals, sigma, weights):
+    """Of one voxel at one draw: images' columns (image, column) and what they read."""
+    return Question(
+        weights=weights[None, None],
+        gram=(columns.T @ columns)[None, None, None],
+        projection=(columns.T @ signals)[None, None, None],
+        energy=np.array([signals @ signals]),
+        n_images=jnp.asarray(float(len(signals))),
+        shift=np.zeros((1, columns.shape[1] - 1)),
+        draw_weights=np.ones((1, 1)),
+        contrast=np.zeros((1, 1, 1)),
+        importance=np.ones(1),
+        variance=jnp.asarray(sigma**2),
+        dof=jnp.asarray(1e6),
+        discrepancy=jnp.asarray(0.0),
+    )
+
+
+def test_amplitude_and_nuisance_given_the_images_are_the_gaussian_they_should_be():
+    """Against the normal equations: unknown amplitude, one nuisance whose coefficient has variance 1 (times amplitude)."""
+    rng = np.random.default_rng(1)
+    columns, sigma, amplitude = np.stack([rng.uniform(0.3, 1, 6), rng.normal(0, 0.1, 6)], axis=1), 4.0, 1000.0
+    signals = amplitude * columns @ [1.0, 0.5] + rng.normal(0, sigma, 6)
+    given = design.condition(question(columns, signals, sigma, np.eye(2)))
+    implied = (columns[:, 0] @ signals / (columns[:, 0] @ columns[:, 0])) ** 2
+    precision = columns.T @ columns / sigma**2 + np.diag([0, 1 / implied])
+    covariance = np.linalg.inv(precision)
+    candidate = np.array([0.6, 0.2])
+    mean, spread = np.asarray(given.mean)[0, 0], np.asarray(given.root)[0, 0]
+    assert candidate @ mean == pytest.approx(candidate @ covariance @ columns.T @ signals / sigma**2, rel=1e-5)  # float32
+    assert sigma**2 * np.sum((candidate @ spread) ** 2) == pytest.approx(candidate @ covariance @ candidate, rel=1e-4)
+
+
+def test_a_mixture_leans_to_the_component_that_explains_the_images():
+    rng = np.random.default_rng(2)
+    right, wrong = rng.uniform(0.3, 1, 8), rng.uniform(0.3, 1, 8)
+    signals = 1000.0 * right + rng.normal(0, 2.0, 8)
+    asked = question(right[:, None], signals, 2.0, np.array([[1.0, 0.0]]))
+    both = [np.array([[c @ c]]) for c in (wrong, right)]
+    asked = asked.__class__(**{name: getattr(asked, name) for name in asked.__dataclass_fields__} | {
+        "weights": np.stack([[[0.0, 1.0]], [[1.0, 0.0]]])[None],
+        "gram": np.stack(both)[None, None],
+        "projection": np.array([[wrong @ signals], [right @ signals]])[None, None],
+    })  # fmt: skip
+    mean = np.asarray(design.condition(asked).mean)[0, 0]
+    assert mean[0] == pytest.approx(1000.0, rel=0.01)  # the right one reads the first node
+    assert abs(mean[1]) < 1e-3 * mean[0]
+
+
+def test_gain_of_a_gaussian_is_what_its_log_area_loses():
+    """One draw's contrast of unit variance along a line: 1/2 log(1 + slope^2 / s^2)."""
+    given = Conditional(jnp.zeros((1, 2, 2)), jnp.zeros((1, 2, 2, 1)), jnp.full((1, 2), 4.0))
+    mean = jnp.array([[[0.0, 0.0], [3.0, 1.0]]])  # two draws, two candidates: at draw 2 they read 3 and 1 more
+    contrast, weights = jnp.array([[[-1.0, 1.0]]]), jnp.array([[1.0, 0.0]])
+    gains = design.gain((mean, [jnp.zeros((1, 2, 2))]), given, weights, contrast)
+    np.testing.assert_allclose(gains[0], 0.5 * np.log1p(np.array([9.0, 1.0]) / 4), rtol=1e-6)
+
+
+def test_joint_gain_of_one_image_is_its_gain_and_grows_with_more():
+    rng = np.random.default_rng(3)
+    given = Conditional(jnp.zeros((2, 4, 3)), jnp.zeros((2, 4, 3, 2)), jnp.asarray(rng.uniform(1, 2, (2, 4))))
+    read = (jnp.asarray(rng.normal(size=(2, 4, 5))), [jnp.asarray(rng.normal(size=(2, 4, 5))) for _ in range(2)])
+    weights = jnp.full((2, 4), 0.25)
+    contrast = jnp.asarray(np.broadcast_to((np.eye(4) - 0.25) / 2, (2, 4, 4)))
+    single = design.gain(read, given, weights, contrast)
+    together = [design.joint_gain(read, jnp.asarray(np.arange(5) < n, float), given, weights, contrast) for n in range(1, 6)]
+    np.testing.assert_allclose(together[0], single[:, 0], rtol=1e-5)
+    assert np.all(np.diff(np.array(together), axis=0) > 0)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**31))
+def test_a_pulse_is_barred_once_its_neighbourhood_has_had_its_share(window, most, seed):
+    quota = Quota(window=window + 1, most=most, radius=0.1)
+    latest = np.random.default_rng(seed).choice([0.1, 0.5], size=(12, 2))
+    here = np.array([[0.1, 0.1]])
+    alike = np.sum(np.all(latest[-window:] == 0.1, axis=1))
+    assert design.barred(quota, here, latest)[0] == (alike >= most)
+
+
+def test_random_choices_depend_on_scan_and_image_only():
+    assert design.seed_of("a", 3) == design.seed_of("a", 3)
+    assert len({design.seed_of("a", 3), design.seed_of("a", 4), design.seed_of("b", 3)}) == 3
