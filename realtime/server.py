@@ -32,7 +32,8 @@ log = logging.getLogger("scansteer.server")
 
 _TICK_S = 0.1
 _BATCH = 64
-"""Messages taken before the journals are made durable once for all of them."""
+_BATCH_BYTES = 2**18
+"""Messages, or bytes, taken before the journals are made durable once for all of them: few enough to be in the cache still."""
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -148,12 +149,16 @@ class Server:
 
     def _received(self) -> list[Outgoing]:
         outgoing: list[Outgoing] = []
+        n_bytes = 0
         for _ in range(_BATCH):
             try:
                 identity, frames, user = self._receive()
             except zmq.Again:
                 break
             outgoing += self.broker.handle(identity, frames, user)
+            n_bytes += sum(map(len, frames))
+            if n_bytes > _BATCH_BYTES:
+                break
         return outgoing
 
     def _receive(self) -> tuple[bytes, Sequence[bytes], str]:
