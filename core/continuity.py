@@ -18,9 +18,8 @@ from scansteer.core.prediction import SD_OF_MAD
 
 FIRST = 5
 """Earlier images that it takes: three directions, and some to tell noise from them."""
-FAR = 10.0
-"""Standard deviations from which a voxel departs from its peers. On the published mouse, the more restless of the two published scans, 5 of
-1496 voxels do so at some image, and none at two images in a row."""
+FAR = 8.0
+"""Standard deviations from which a voxel departs: of its peers, or of its own earlier images if those scattered more (vessels, partial volumes)."""
 LARGEST_SHARE = 0.1
 """Share of departing voxels above which it is the image that departs: the subject moved, or it is no image of this scan."""
 LARGEST_EXCESS = 2.2
@@ -42,11 +41,16 @@ class State(NamedTuple):
     """At the latest image."""
     moved: Bool[np.ndarray, " voxel"]
     """At two images in a row, once and for all."""
+    scatter: Float[np.ndarray, " voxel"]
+    """Sum over images of the squared deviations [of the peers' variance], those aside at which a voxel departed."""
+    n_compared: int
 
 
 class Departure(NamedTuple):
     expected: Float[np.ndarray, " voxel"]
     """[pixel units]"""
+    deviation: Float[np.ndarray, " voxel"]
+    """Standard deviations of the peers."""
     departs: Bool[np.ndarray, " voxel"]
     share: float
     """Of the departing ones among the voxels that have not moved before."""
@@ -60,7 +64,7 @@ class Departure(NamedTuple):
 
 
 def init(n_voxels: int) -> State:
-    return State((), np.zeros(n_voxels, bool), np.zeros(n_voxels, bool))
+    return State((), np.zeros(n_voxels, bool), np.zeros(n_voxels, bool), np.zeros(n_voxels), 0)
 
 
 def compare(state: State, signal: Float[np.ndarray, " voxel"]) -> Departure | None:
@@ -75,16 +79,24 @@ def compare(state: State, signal: Float[np.ndarray, " voxel"]) -> Departure | No
     expected = mixture @ history
     spread = _spread(signal - expected, signal, steady)
     expected_spread = _noise(history[:, steady]) * np.sqrt(1 + mixture @ mixture)  # of this image, and of those that it is compared with
-    departs = np.abs(signal - expected) > FAR * spread
-    return Departure(expected, departs, float(np.mean(departs[steady])), spread / expected_spread)
+    deviation = (signal - expected) / spread
+    usual = np.sqrt((state.scatter + 1) / (state.n_compared + 1))
+    departs = np.abs(deviation) > FAR * np.maximum(usual, 1.0)
+    return Departure(expected, deviation, departs, float(np.mean(departs[steady])), spread / expected_spread)
 
 
 def update(state: State, signal: Float[np.ndarray, " voxel"], departure: Departure | None) -> State:
     """One more image that counts."""
     if departure is None:
         return state._replace(history=(*state.history, signal))
-    as_expected = np.where(departure.departs | state.moved, departure.expected, signal)
-    return State((*state.history, as_expected), departure.departs, state.moved | (state.departed & departure.departs))
+    departs = departure.departs
+    return State(
+        history=(*state.history, np.where(departs | state.moved, departure.expected, signal)),
+        departed=departs,
+        moved=state.moved | (state.departed & departs),
+        scatter=state.scatter + np.where(departs, 1.0, departure.deviation**2),
+        n_compared=state.n_compared + 1,
+    )
 
 
 def _basis(history: Float[np.ndarray, "image voxel"]) -> Float[np.ndarray, "direction image"]:

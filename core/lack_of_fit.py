@@ -89,8 +89,8 @@ def check(
 
 
 def quantile(dof: float) -> float:
-    """99.9 % of chi-squared, to 2 % from one degree of freedom on (Wilson and Hilferty 1931, doi:10.1073/pnas.17.12.684)."""
-    return dof * (1 - 2 / (9 * dof) + QUANTILE * np.sqrt(2 / (9 * dof))) ** 3 if dof > 0 else 0.0
+    """99.9 % of chi-squared, to 3 % from one degree of freedom on (Wilson and Hilferty 1931, doi:10.1073/pnas.17.12.684)."""
+    return float(dof * (1 - 2 / (9 * dof) + QUANTILE * np.sqrt(2 / (9 * dof))) ** 3) if dof > 0 else 0.0
 
 
 def _bound(left: int, shared: int, discrepancy_share: float, n_voxels: float) -> float:

@@ -68,3 +68,37 @@ def test_a_plateau_ends_a_scan_whose_rest_would_bring_nothing():
     assert "plateau" in verdict.reason
     assert not stopping.update(rule, stopping.State(1, None), 9, behind, None, 0.5)[1].stop
     assert not stopping.update(rule, stopping.State(1, None), 9, behind, "no fit", 0.05)[1].stop
+
+
+def test_every_verdict_names_its_cause():
+    done, behind = [Region("a", 1.0, 1e6)], [Region("a", 0.1, 1e6)]
+    plateau, asking = RULE._replace(plateau=0.1), RULE._replace(asks_operator=True)
+
+    def cause(rule, streak, n, regions, veto=None, gain=1.0):
+        return stopping.update(rule, stopping.State(streak, None), n, regions, veto, gain)[1].cause
+
+    assert cause(RULE, 5, 9, done, veto="no fit") == "veto"
+    assert cause(RULE, 5, 9, behind) == "target"
+    assert cause(RULE, 5, 3, done) == "few-images"
+    assert cause(RULE, 0, 9, done) == "confirming"
+    assert cause(asking, 5, 9, done) == "operator"
+    assert cause(RULE, 5, 9, done) == "converged"
+    assert cause(plateau, 5, 9, behind, gain=0.05) == "plateau"
+
+
+def test_a_stop_that_asks_the_operator_is_proposed_until_it_is_confirmed():
+    rule, region = RULE._replace(asks_operator=True), [Region("a", 1.0, 1e6)]
+    state, verdict = stopping.update(rule, stopping.State(1, None), 4, region, None, 1.0)
+    assert (verdict.stop, verdict.cause) == (False, "operator")
+    assert state.would_stop_at == 4
+    state, verdict = stopping.update(rule, stopping.confirm(state), 5, region, None, 1.0)
+    assert verdict.stop
+
+
+def test_a_confirmation_is_void_once_something_speaks_against_the_stop():
+    rule, region = RULE._replace(asks_operator=True), [Region("a", 1.0, 1e6)]
+    state = stopping.confirm(stopping.State(3, 4))
+    state, _ = stopping.update(rule, state, 5, region, "no fit", 1.0)
+    for n in (6, 7, 8):
+        state, verdict = stopping.update(rule, state, n, region, None, 1.0)
+        assert not verdict.stop
