@@ -10,8 +10,9 @@ import importlib.metadata
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from scansteer.protocols.scan import Scan
 from scansteer.realtime import metrics
 from scansteer.realtime.attendance import Requester
 from scansteer.realtime.codec import Bytes, ProtocolError, decode, encode, encode_arrays
@@ -65,6 +66,7 @@ from scansteer.realtime.worker import (
     NotMade,
     Ready,
     Summarised,
+    warm_up,
 )
 
 log = logging.getLogger("scansteer.broker")
@@ -72,6 +74,8 @@ log = logging.getLogger("scansteer.broker")
 VERSION = importlib.metadata.version("scansteer")
 
 _MAX_MAPS_WANTED = 16
+_WARMING = ""
+"""In the place of a session's name, for jobs that belong to none."""
 
 
 class Broker:
@@ -102,6 +106,9 @@ class Broker:
         self.publish_endpoint = config.publish_endpoint
         self.metrics = metrics.Metrics()
         self.sessions = Registry(config, make, submit)
+        self._make = make
+        self._submit = submit
+        self._n_warming = 0
         self._clock = clock
         self._outbox = Outbox()
         self._intake = Intake(self._outbox, self.metrics, self._refusal)
@@ -131,6 +138,8 @@ class Broker:
 
     def finished(self, session_id: str, events: Sequence[Event]) -> list[Outgoing]:
         """Pass on what a job of a session said when it was done."""
+        if session_id == _WARMING:
+            self._n_warming -= 1
         session = self.sessions.get(session_id)
         if session is None:
             return []
@@ -175,9 +184,16 @@ class Broker:
         """Give the data folder free. Open sessions stay as their journals say, and go on when the service is started again."""
         self.sessions.close()
 
+    def warm(self, scans: Iterable[Scan]) -> None:
+        """Compile for scans that are expected, beside the first sessions: theirs are then ready in seconds."""
+        for scan in scans:
+            self._n_warming += 1
+            self._submit(_WARMING, lambda scan=scan: warm_up(self._make, scan), True)
+
     @property
     def is_ready(self) -> bool:
-        return all(session.state != "opening" for session in self.sessions)
+        """Whether everything that is open or expected is compiled."""
+        return self._n_warming == 0 and all(session.state != "opening" for session in self.sessions)
 
     def status(self, request_id: int = 0) -> Status:
         return Status(

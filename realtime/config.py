@@ -66,6 +66,8 @@ class ServeConfig(Settings):
     """Loopback port with /health, /ready and /metrics over HTTP; none: no such port."""
     fsync: bool = True
     """Only a benchmark has a reason to switch this off."""
+    warm_scans: tuple[str, ...] = ()
+    """Names or files of the scans that are expected: compiled when the service starts."""
     worker_threads: Annotated[int, Field(ge=1, le=64)] = 1
     controller_timeout_s: Seconds = 5.0
     """A controller not heard of for so long counts as gone."""

@@ -18,10 +18,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import zmq
 
 from scansteer.core.errors import InputError, ScansteerError
+from scansteer.protocols.scan import load
 from scansteer.realtime.auth import Guard, check_endpoint
 from scansteer.realtime.broker import Broker
 from scansteer.realtime.client import milliseconds
 from scansteer.realtime.codec import MAX_ENVELOPE_BYTES
+from scansteer.realtime.compiled import keep_compiled
 from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.logs import log_to_stderr
 from scansteer.realtime.outbox import Outgoing
@@ -45,12 +47,14 @@ class Server:
         Raises
         ------
         InputError
-            An endpoint is open to others without keys, or cannot be bound; a key file is not as it must be.
+            An endpoint is open to others without keys, or cannot be bound; a key file is not as it must be; a scan to be
+            compiled beforehand is not one.
         ScansteerError
             Another service uses the data folder.
         """
         for endpoint in (config.endpoint, config.publish_endpoint):
             check_endpoint(endpoint, config.keys)
+        expected = [load(name) for name in config.warm_scans]
         if config.retention_days is not None:
             purge_old(config.data_dir, config.retention_days)
         self._done: queue.SimpleQueue[tuple[str, list[Event]]] = queue.SimpleQueue()
@@ -67,6 +71,7 @@ class Server:
             self._worker = Worker(self._deliver, config.worker_threads)
             self.broker = Broker(config, make, lambda session_id, job, slow: self._worker.submit(session_id, job, slow=slow))
             self.broker.publish_endpoint = self.publish_endpoint
+            self.broker.warm(expected)
             self._http = _serve_http(self.broker, config.http_port) if config.http_port is not None else None
         except BaseException:
             self._close_sockets()
@@ -223,6 +228,7 @@ def serve(config: ServeConfig, make: MakeSession, *, on_started: Callable[[Serve
         The service cannot start as it is configured.
     """
     log_to_stderr()
+    keep_compiled(config.data_dir / ".compiled")  # no session can be called so
     with Server(config, make) as server:
         previous = [(number, signal.signal(number, lambda *_: server.stop())) for number in (signal.SIGTERM, signal.SIGINT)]
         try:

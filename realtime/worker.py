@@ -357,6 +357,15 @@ def run_job(job: Job) -> list[Event]:
         return [Failed(f"Internal error: {type(error).__name__}.")]
 
 
+def warm_up(make: MakeSession, scan: Scan) -> list[Event]:
+    """A job without a session: compile for a scan, so that the sessions to come find it done."""
+    try:
+        make(Setup("warm-up", scan)).close()
+    except InputError as error:
+        log.error("scan %s cannot be compiled beforehand: %s", scan.name, error)
+    return []
+
+
 def stack_slices(frames: list[Frame]) -> Frame:
     """One volume of the slices of a repetition, in their order along z.
 

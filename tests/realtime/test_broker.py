@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import ismrmrd
 import pytest
 
+from scansteer.core.errors import InputError
 from scansteer.realtime import journal
 from scansteer.realtime.broker import Broker
 from scansteer.realtime.client import image_of
@@ -324,8 +325,6 @@ def test_a_scan_that_is_none_is_refused_with_the_field(stage, opening):
 
 
 def test_a_session_that_cannot_be_made_fails_and_keeps_its_images(serve_config, opening, make_image):
-    from scansteer.core.errors import InputError
-
     def impossible(setup):
         raise InputError("This scan has too many pools.")
 
@@ -498,3 +497,31 @@ def test_the_layout_of_an_image_is_that_of_its_library():
         data_type=1, matrix_size=(2, 3, 4), channels=5, slice=6, repetition=7, set=8, image_series_index=9, image_index=99
     )
     assert IMAGE_FACTS.unpack_from(bytes(header) + (10).to_bytes(8, "little")) == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+
+
+def test_expected_scans_are_compiled_before_the_service_is_ready(serve_config, fake_session, scan):
+    made: list[str] = []
+
+    def make(setup):
+        made.append(setup.scan.name)
+        return fake_session(setup)
+
+    stage = Stage(serve_config, make)
+    stage.broker.warm([scan])
+    assert not stage.broker.is_ready
+    stage.work()
+    assert stage.broker.is_ready
+    assert made == [scan.name]
+    assert stage.broker.status().sessions == ()
+    stage.broker.close()
+
+
+def test_an_expected_scan_that_cannot_be_compiled_keeps_nobody_waiting(serve_config, scan):
+    def make(setup):
+        raise InputError("The lattice is too large.")
+
+    stage = Stage(serve_config, make)
+    stage.broker.warm([scan])
+    stage.work()
+    assert stage.broker.is_ready
+    stage.broker.close()

@@ -7,6 +7,7 @@ times on a small scan and 20 times on the phantom, with the real posterior.
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -43,7 +44,9 @@ class Victim:
     def start(self) -> None:
         script = Path(__file__).with_name("small_service.py")
         with open(self.folder / "log", "a") as log:
-            self.process = subprocess.Popen([sys.executable, str(script), str(self._config), self._kind], stderr=log)
+            command = [sys.executable, str(script), str(self._config), self._kind]
+            compiled = str(self.folder.parent / "compiled")
+            self.process = subprocess.Popen(command, stderr=log, env={**os.environ, "JAX_COMPILATION_CACHE_DIR": compiled})
 
     def kill(self) -> None:
         self.process.kill()

@@ -1,0 +1,38 @@
+"""What was compiled once is kept on disk: a service that starts again is ready in seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+from scansteer.core.errors import InputError
+
+_MAX_BYTES = 2**30
+
+
+def keep_compiled(folder: Path) -> None:
+    """Let JAX write what it compiles into a folder, and find it there the next time; see its persistent compilation cache.
+
+    Nothing is changed where `JAX_COMPILATION_CACHE_DIR` names a folder already. What lies in the folder is executed: nobody else
+    may write into it.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be made.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        _make_private(folder)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
+
+
+def _make_private(folder: Path) -> None:
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot use data folder {folder.parent}: {error.strerror}.") from error
