@@ -10,7 +10,7 @@ import pytest
 
 from scansteer.core.errors import InputError
 from scansteer.protocols.larg_phantom import PUBLISHED
-from scansteer.protocols.scan import Auxiliary, Noise, Scan
+from scansteer.protocols.scan import Auxiliary, Noise, Scan, Stop
 from scansteer.realtime.images import Frame, Geometry
 from scansteer.realtime.messages import Decision, Pulse
 from scansteer.realtime.session import Session
@@ -174,3 +174,53 @@ def test_a_noisier_scan_says_so(scan, frames, played):
     loud = scan.model_copy(update={"noise": Noise(sigma=200.0)})
     decision = play(session(loud), frames)[-1]
     assert decision.regions[0].cr_area_median > 2 * played[1][-1].regions[0].cr_area_median
+
+
+def test_images_that_should_not_count_leave_the_posterior_alone_and_are_said(scan, frames, played):
+    """A duplicate, a dummy and a rescaled image in the middle of a scan; every one was played."""
+    one = session(scan)
+    play(one, frames[:5])
+    wrong = [
+        (Frame(frames[1].pixels, frames[1].geometry, repetition=5), "duplicate"),
+        (Frame(frames[6].pixels, frames[6].geometry, repetition=6, is_dummy=True), "dummy"),
+        (Frame(1.5 * frames[7].pixels, frames[7].geometry, repetition=7), "times what was expected"),
+    ]
+    before = one.maps()["fs_map"]
+    for number, (frame, said) in enumerate(wrong, start=5):
+        decision = one.absorb(frame, received_at=0.0)
+        assert (decision.n_images, decision.sequence_number, decision.repetition) == (5, number, number)
+        assert (decision.action, decision.cause) == ("continue", "veto")
+        assert said in decision.reason
+        assert decision.warnings == (decision.reason,)
+    np.testing.assert_array_equal(one.maps()["fs_map"], before)
+    assert one.summary().n_images == 5
+
+
+def test_no_image_of_a_clean_scan_is_left_out_and_its_predictions_hold(played):
+    _, decisions, _ = played
+    assert [decision.warnings for decision in decisions] == [()] * N
+    assert all(decision.lack_of_fit.passed for decision in decisions)
+    assert decisions[-1].lack_of_fit.prediction == pytest.approx(1.0, abs=0.8)  # mean of six chi-squared that voxels may share
+    assert all(region.fraction_moved == 0 for decision in decisions for region in decision.regions)
+
+
+def test_a_dummy_as_the_first_image_is_refused(scan, frames):
+    one = session(scan)
+    with pytest.raises(InputError, match="dummy"):
+        one.absorb(Frame(frames[0].pixels, frames[0].geometry, repetition=0, is_dummy=True), received_at=0.0)
+    one.absorb_missing(0)
+    assert play(one, frames[1:2])[0].n_images == 1
+
+
+def test_a_stop_waits_for_the_operator_where_the_scan_says_so(scan, frames):
+    easy = {name: parameter.model_copy(update={"target_halfwidth_relative": 50.0}) for name, parameter in scan.parameters.items()}
+    asking = scan.model_copy(update={"parameters": easy, "stop": Stop(n_min=3, operator_confirmation=True, fraction_converged=0.5)})
+    one = session(asking)
+    proposed = play(one, frames[:4])[-1]
+    assert (proposed.action, proposed.cause, proposed.would_stop_at) == ("continue", "operator", 3)
+    confirmed = one.confirm_stop()
+    assert (confirmed.action, confirmed.sequence_number, confirmed.next_pulse) == ("stop", 4, None)
+    with pytest.raises(InputError, match="no stop to confirm"):
+        one.confirm_stop()
+    after = play(one, frames[4:5])[0]
+    assert (after.action, after.sequence_number) == ("stop", 5)

@@ -1,0 +1,89 @@
+"""Images and voxels that should not count, on a scan of a few contrasts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from scansteer.core.prediction import Prediction
+from scansteer.protocols.larg_phantom import PUBLISHED
+from scansteer.realtime.images import Frame, Geometry
+from scansteer.realtime.screening import Foresight, Screen
+
+BLOCK = PUBLISHED.schedule[0]
+OTHER = PUBLISHED.schedule[10]
+GEOMETRY = Geometry((20, 20, 1))
+
+
+def images(n: int = 12, sigma: float = 15.0) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    amplitude, contrast = rng.uniform(1500, 3000, 400), rng.uniform(-1, 1, 400)
+    course = np.stack([rng.uniform(0.5, 1, n), rng.uniform(-0.1, 0.1, n)])
+    return course.T @ (np.stack([np.ones(400), contrast]) * amplitude) + sigma * rng.normal(size=(n, 400))
+
+
+def frame(pixels: np.ndarray, repetition: int, **kwargs) -> Frame:
+    return Frame(pixels.reshape(1, 20, 20), GEOMETRY, repetition=repetition, **kwargs)
+
+
+def foresight(expected: np.ndarray) -> Foresight:
+    voxels = np.arange(0, 400, 7)
+    return Foresight(voxels, Prediction(expected[voxels], 0.02 * expected[voxels]))
+
+
+def follow(signals: np.ndarray, n: int, block=BLOCK) -> Screen:
+    """A screen that has seen the first `n` images."""
+    screen = Screen()
+    screen.begin(400)
+    for number, signal in enumerate(signals[:n]):
+        one = frame(signal, number)
+        assert screen.look(one, block, signal, None, True) is None
+        assert screen.keep(one, block, signal) is None
+    return screen
+
+
+@pytest.mark.parametrize(("kwargs", "said"), [({"is_dummy": True}, "dummy"), ({"role": "mask"}, "'mask'"), ({"role": "other"}, "'other'")])
+def test_an_image_that_declares_itself_something_else_is_named(kwargs, said):
+    assert said in Screen().declared(frame(np.ones(400), 3, **kwargs))
+    assert Screen().declared(frame(np.ones(400), 3)) is None
+
+
+def test_a_duplicate_is_named_with_the_image_that_it_repeats():
+    signals = images()
+    assert "duplicate, pixel by pixel, of that of repetition 1" in follow(signals, 4).look(frame(signals[1], 4), OTHER, signals[1], None, True)
+
+
+def test_images_without_noise_may_repeat_after_the_same_pulse():
+    signals = images(sigma=0.0)
+    screen = follow(signals, 8)
+    assert screen.look(frame(signals[7], 8), BLOCK, signals[7], None, True) is None
+    assert "duplicate" in screen.look(frame(signals[7], 8), OTHER, signals[7], None, True)
+
+
+def test_a_rescaled_image_is_left_out_if_the_model_is_trusted():
+    signals = images()
+    screen, expected = follow(signals, 8), foresight(signals[8])
+    assert "1.3 times what was expected" in screen.look(frame(1.3 * signals[8], 8), BLOCK, 1.3 * signals[8], expected, True)
+    assert screen.look(frame(1.3 * signals[8], 8), BLOCK, 1.3 * signals[8], expected, False) is None
+    assert screen.look(frame(signals[8], 8), BLOCK, signals[8], expected, True) is None
+
+
+def test_a_subject_that_moved_is_said():
+    signals = images()
+    moved = np.roll(signals[8], 57)
+    assert "the subject moved" in follow(signals, 8).look(frame(moved, 8), BLOCK, moved, None, True)
+
+
+def test_voxels_that_moved_are_counted_once():
+    signals = images()
+    signals[8:, :6] *= 1.4
+    screen, said = follow(signals, 8), []
+    for number in (8, 9, 10):
+        one = frame(signals[number], number)
+        assert screen.look(one, BLOCK, signals[number], None, True) is None
+        said.append(screen.keep(one, BLOCK, signals[number]))
+    assert said[0] is None
+    assert "6 voxels moved" in said[1]
+    assert said[2] is None
+    assert screen.moved.sum() == 6
+    np.testing.assert_array_less(np.abs(screen.history()[8:, :6] * 1.4 - signals[8:11, :6]), 300)  # as expected, not as it came
