@@ -1,10 +1,11 @@
 """How fast the service takes images in, as ratios to what the machine can do at all in the same run.
 
     python benchmarks/wire.py [--out FILE.json]              ingest and durability: a minute
-    python benchmarks/wire.py --sessions 10 --seconds 60     ten real sessions at one image a second each
+    python benchmarks/wire.py --sessions 10                  ten real sessions at one image a second each
     python benchmarks/wire.py --memory-minutes 10            resident memory while streaming at ten times the real pace
 
-Ingest is measured with images that wait for their predecessors, so that no posterior is computed beside it.
+Ingest is measured with images that wait for their predecessors, so that no posterior is computed beside it. Sessions get the images
+of a simulated phantom of `--scan`, and run on the engine that the service gives them (`--encoder none`: the reference).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ import numpy as np
 import zmq
 
 from scansteer.protocols.larg_phantom import PUBLISHED
-from scansteer.protocols.scan import Scan
+from scansteer.protocols.scan import Scan, load
 from scansteer.realtime.client import Client, image_of
 from scansteer.realtime.codec import encode
 from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.images import image_message
+from scansteer.realtime.messages import Decision
+from scansteer.realtime.replay import session_maker
 from scansteer.realtime.server import Server
+from scansteer.simulators.phantom import Magnet, three_vials
+from scansteer.simulators.scanner import image_of as simulated_image
 
 SIZES = (64, 256)
 WINDOW = 32
@@ -49,14 +54,11 @@ def echo_process(endpoint: str, ready: Any) -> None:
             router.send_multipart(frames)
 
 
-def service_process(config: dict, ready: Any, stop: Any, real: bool) -> None:
-    def make(setup):
-        if real:
-            from scansteer.realtime.session import Session
+def service_process(config: dict, ready: Any, stop: Any, encoder: str | None) -> None:
+    def never(setup):
+        raise AssertionError("the images of the ingest benchmark wait for one that does not come")
 
-            return Session(setup)
-        return None  # never asked: the images of the ingest benchmark wait for one that does not come
-
+    make = never if encoder is None else session_maker(encoder=None if encoder == "shipped" else encoder)
     with Server(ServeConfig.model_validate(config), make) as server:
         threading.Thread(target=lambda: (stop.wait(), server.stop()), daemon=True).start()
         ready.set()
@@ -64,8 +66,8 @@ def service_process(config: dict, ready: Any, stop: Any, real: bool) -> None:
 
 
 @contextmanager
-def service(folder: Path, *, fsync: bool = True, real: bool = False) -> Iterator[tuple[str, int]]:
-    """A service in a process of its own; gives its endpoint and process id."""
+def service(folder: Path, *, encoder: str | None = None, **settings: object) -> Iterator[tuple[str, int]]:
+    """A service in a process of its own, with a posterior if `encoder` is given; gives its endpoint and process id."""
     spawn = multiprocessing.get_context("spawn")
     ready, stop = spawn.Event(), spawn.Event()
     endpoint = f"ipc://{folder}/service"
@@ -73,9 +75,9 @@ def service(folder: Path, *, fsync: bool = True, real: bool = False) -> Iterator
         "endpoint": endpoint,
         "publish_endpoint": f"ipc://{folder}/publish",
         "data_dir": str(folder / "sessions"),
-        "fsync": fsync,
+        **settings,
     }
-    process = spawn.Process(target=service_process, args=(config, ready, stop, real))
+    process = spawn.Process(target=service_process, args=(config, ready, stop, encoder))
     process.start()
     ready.wait(60)
     try:
@@ -163,85 +165,109 @@ def timed(action: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def pictures(scan: Scan, size: int = 64) -> list[bytes]:
-    """A disc of about 1 000 voxels with noise."""
-    generator = np.random.default_rng(1)
-    y, x = np.mgrid[:size, :size] - size / 2
-    disc = 1000.0 * (np.hypot(x, y) < 18) + 2.0
-    noisy = [disc * (1 - 0.01 * n) + generator.normal(0, 2, disc.shape) for n in range(len(scan.schedule))]
-    return [image_message(image[None].astype(np.float32), repetition=n) for n, image in enumerate(noisy)]
+def pictures(scan: Scan) -> list[bytes]:
+    """The images of a simulated phantom."""
+    magnet = Magnet(three_vials(scan), scan)
+    return [simulated_image(magnet.play(block), magnet, n) for n, block in enumerate(scan.schedule)]
 
 
-def sessions_at_once(n_sessions: int, seconds: float) -> dict[str, float]:
-    """Decision latency of real sessions that get one image a second each."""
-    scan = PUBLISHED
+def sessions_at_once(n_sessions: int, seconds: float, scan: Scan, encoder: str, threads: int) -> dict[str, Any]:
+    """Decision latency, from sending an image to receiving the decision, of sessions that get one image a second each."""
     bodies = pictures(scan)
-    with tempfile.TemporaryDirectory() as name, service(Path(name), real=True) as (endpoint, _):
-        clients = [Client(endpoint, timeout_s=60) for _ in range(n_sessions)]
+    with (
+        tempfile.TemporaryDirectory() as name,
+        service(Path(name), encoder=encoder, worker_threads=threads, warm_scans=[scan.name]) as (endpoint, process),
+        ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(Client(endpoint, timeout_s=60)) for _ in range(n_sessions)]
+        warmed = time.perf_counter()
+        while not clients[0].status().ready:
+            time.sleep(0.1)
+        opened = time.perf_counter()
         names = [client.open(scan) for client in clients]
         for client, session_id in zip(clients, names, strict=True):
             client.wait_ready(session_id, 600)
             client.subscribe(session_id)
-        sent: dict[tuple[str, int], float] = {}
-        latencies: list[float] = []
-        started = time.perf_counter()
-        n_images = min(int(seconds), len(bodies))
-        for repetition in range(n_images):
-            for number, (client, session_id) in enumerate(zip(clients, names, strict=True)):
-                due = started + repetition + number / n_sessions
-                collect(clients, sent, latencies, due)
-                sent[session_id, repetition] = time.perf_counter()
-                client.send_image(session_id, bodies[repetition])
-        collect(clients, sent, latencies, time.perf_counter() + 5)
-        for client in clients:
-            client.disconnect()
+        ready = time.perf_counter()
+        decisions = stream_at_once(clients, names, bodies[: int(seconds)])
+        resident = resident_bytes(process)
+    latencies = [latency for latency, _ in decisions]
     return {
-        "n_decisions": len(latencies),
-        "n_images": n_sessions * n_images,
+        "scan": scan.name,
+        "encoder": encoder,
+        "worker_threads": threads,
+        "n_voxels": sum(region.n_voxels for region in decisions[0][1].regions),
+        "sources": sorted({decision.posterior_source for _, decision in decisions}),
+        "warm_up_s": opened - warmed,
+        "ready_s_each": (ready - opened) / n_sessions,
+        "resident_mib": resident / 2**20,
+        "n_images": n_sessions * min(int(seconds), len(bodies)),
+        "n_decisions": len(decisions),
         "latency_p50_ms": float(np.percentile(latencies, 50)),
         "latency_p99_ms": float(np.percentile(latencies, 99)),
     }
 
 
-def collect(clients: list[Client], sent: dict[tuple[str, int], float], latencies: list[float], until: float) -> None:
+def stream_at_once(clients: list[Client], names: list[str], bodies: list[bytes]) -> list[tuple[float, Decision]]:
+    """Send every session an image a second, one session after the other within it; each decision with its latency [ms]."""
+    sent: dict[tuple[str, int], float] = {}
+    found: list[tuple[float, Decision]] = []
+    started = time.perf_counter()
+    for repetition, body in enumerate(bodies):
+        for number, (client, session_id) in enumerate(zip(clients, names, strict=True)):
+            collect(clients, sent, found, started + repetition + number / len(clients))
+            sent[session_id, repetition] = time.perf_counter()
+            client.post_image(session_id, body)
+    deadline = time.perf_counter() + 30
+    while len(found) < len(sent) and time.perf_counter() < deadline:
+        collect(clients, sent, found, time.perf_counter() + 0.1)
+    return found
+
+
+def collect(clients: list[Client], sent: dict[tuple[str, int], float], found: list[tuple[float, Decision]], until: float) -> None:
     """Take decisions in as they come."""
     while time.perf_counter() < until:
         for client in clients:
             decision = client.next_decision(0.0)
             if decision is not None:
-                latencies.append(1e3 * (time.perf_counter() - sent[decision.session_id, decision.repetition]))
+                found.append((1e3 * (time.perf_counter() - sent[decision.session_id, decision.repetition]), decision))
                 client.acknowledge(decision)
         time.sleep(0.001)
 
 
-def memory(minutes: float) -> dict[str, Any]:
+def memory(minutes: float, scan: Scan, encoder: str) -> dict[str, Any]:
     """Resident memory of a service with the real posterior, streaming one session after the other at ten times the real pace."""
-    scan = PUBLISHED
     bodies = pictures(scan)
-    pace = np.mean([block.duration_s for block in scan.schedule]) / 10
+    pace = float(np.mean([block.duration_s for block in scan.schedule])) / 10
     resident: list[tuple[float, int]] = []
+    n_sessions = 0
     with (
         tempfile.TemporaryDirectory() as name,
-        service(Path(name), real=True) as (endpoint, process),
+        service(Path(name), encoder=encoder, warm_scans=[scan.name]) as (endpoint, process),
         Client(endpoint, timeout_s=60) as client,
     ):
+        while not client.status().ready:
+            time.sleep(0.1)
         started = time.perf_counter()
         while time.perf_counter() - started < 60 * minutes:
+            n_sessions += 1
             session_id = client.open(scan)
             client.wait_ready(session_id, 600)
             for body in bodies:
+                due = time.perf_counter() + pace
                 client.send_image(session_id, body)
                 resident.append((time.perf_counter() - started, resident_bytes(process)))
-                time.sleep(pace)
-            client.close_session(session_id)
-    second = [size for at, size in resident if 60 <= at < 120]
-    last = [size for at, size in resident if at >= 60 * (minutes - 1)]
-    return {
-        "minutes": minutes,
-        "second_minute_mib": float(np.mean(second)) / 2**20 if second else None,
-        "last_minute_mib": float(np.mean(last)) / 2**20,
-        "ratio": float(np.mean(last) / np.mean(second)) if second else None,
-    }
+                time.sleep(max(0.0, due - time.perf_counter()))
+            client.close_session(session_id, 600)
+    return {"scan": scan.name, "encoder": encoder, "minutes": minutes, "n_sessions": n_sessions, **by_minute(resident)}
+
+
+def by_minute(resident: list[tuple[float, int]]) -> dict[str, Any]:
+    """Mean resident memory of every minute [MiB], and the last over the second."""
+    last = int(resident[-1][0] // 60)
+    means = [float(np.mean([size for at, size in resident if at // 60 == minute])) / 2**20 for minute in range(last + 1)]
+    whole = means[:-1] if resident[-1][0] % 60 < 30 else means
+    return {"resident_mib": [round(mean, 1) for mean in whole], "last_over_second": whole[-1] / whole[1] if len(whole) > 1 else None}
 
 
 def resident_bytes(process: int) -> int:
@@ -263,16 +289,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sessions", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--scan", default=PUBLISHED.name)
+    parser.add_argument("--encoder", default="shipped", help="shipped, none, or a file")
+    parser.add_argument("--threads", type=int, default=1, help="worker threads of the service")
+    parser.add_argument("--only", choices=("ingest", "durability"))
     parser.add_argument("--memory-minutes", type=float, default=0)
     options = parser.parse_args()
     result: dict[str, Any] = {"machine": machine()}
     if options.sessions:
-        result["sessions_at_once"] = sessions_at_once(options.sessions, options.seconds)
+        scan = load(options.scan)
+        result["sessions_at_once"] = sessions_at_once(options.sessions, options.seconds, scan, options.encoder, options.threads)
     elif options.memory_minutes:
-        result["memory"] = memory(options.memory_minutes)
+        result["memory"] = memory(options.memory_minutes, load(options.scan), options.encoder)
     else:
-        result["ingest"] = {f"{size}x{size}": ingest(size, 3000 if size == 64 else 600) for size in SIZES}
-        result["durability"] = {f"{size}x{size}": durability(size, 1000 if size == 64 else 300) for size in SIZES}
+        if options.only != "durability":
+            result["ingest"] = {f"{size}x{size}": ingest(size, 3000 if size == 64 else 600) for size in SIZES}
+        if options.only != "ingest":
+            result["durability"] = {f"{size}x{size}": durability(size, 1000 if size == 64 else 300) for size in SIZES}
     text = json.dumps(result, indent=1)
     print(text)
     if options.out is not None:

@@ -1,7 +1,7 @@
 """kill -9 at random moments: every accepted image is there, none twice, and decisions equal an undisturbed run's.
 
 The default run kills a service with a small stand-in for the posterior a handful of times. The long run (`-m long`) kills 180
-times on a small scan and 20 times on the phantom, with the real posterior.
+times on a small scan and 20 times on the phantom, with the real posterior; `-k` takes some of its seeds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Victim:
         with open(self.folder / "log", "a") as log:
             command = [sys.executable, str(script), str(self._config), self._kind]
             compiled = str(self.folder.parent / "compiled")
-            self.process = subprocess.Popen(command, stderr=log, env={**os.environ, "JAX_COMPILATION_CACHE_DIR": compiled})
+            self.process = subprocess.Popen(command, stderr=log, env={"JAX_COMPILATION_CACHE_DIR": compiled, **os.environ})
 
     def kill(self) -> None:
         self.process.kill()
@@ -92,28 +92,29 @@ def images_on_disk(folder: Path) -> list[bytes]:
     return [bytes(bodies[0]) for message, bodies in records if isinstance(message, Image)]
 
 
-def check(tmp_path: Path, kind: str, scan: Scan, n_kills: int, rounds: int) -> None:
-    generator = random.Random(SEED)
-    images = pictures(scan, SEED)
-    quiet_folder = tmp_path / "quiet"
-    quiet_folder.mkdir()
-    quiet = Victim(quiet_folder, kind)
+def undisturbed(folder: Path, kind: str, scan: Scan) -> list[dict]:
+    """The decisions of a run in which nothing happens."""
+    folder.mkdir()
+    victim = Victim(folder, kind)
     try:
-        stream(quiet, scan, images, 0, generator)
+        stream(victim, scan, pictures(scan, SEED), 0, random.Random(SEED))
     finally:
-        quiet.kill()
-    expected = decisions(quiet_folder)
-    assert len(expected) == len(images)
-    for number in range(rounds):
-        folder = tmp_path / f"killed-{number}"
-        folder.mkdir()
-        victim = Victim(folder, kind)
-        try:
-            stream(victim, scan, images, n_kills, generator)
-        finally:
-            victim.kill()
-        assert images_on_disk(folder) == images
-        assert decisions(folder) == expected
+        victim.kill()
+    expected = decisions(folder)
+    assert len(expected) == len(scan.schedule)
+    return expected
+
+
+def check(folder: Path, kind: str, scan: Scan, n_kills: int, seed: int, expected: list[dict]) -> None:
+    folder.mkdir()
+    images = pictures(scan, SEED)
+    victim = Victim(folder, kind)
+    try:
+        stream(victim, scan, images, n_kills, random.Random(SEED + seed))
+    finally:
+        victim.kill()
+    assert images_on_disk(folder) == images
+    assert decisions(folder) == expected
 
 
 def small_scan() -> Scan:
@@ -126,17 +127,35 @@ def small_scan() -> Scan:
     return PUBLISHED.model_copy(update=changes)
 
 
+WHOLE = PUBLISHED.model_copy(update={"matrix": None})
+
+
 def test_a_killed_service_goes_on_as_if_nothing_had_happened(tmp_path):
-    scan = PUBLISHED.model_copy(update={"matrix": None})
-    check(tmp_path, "fake", scan, n_kills=3, rounds=1)
+    expected = undisturbed(tmp_path / "quiet", "fake", WHOLE)
+    check(tmp_path / "killed", "fake", WHOLE, 3, 0, expected)
+
+
+@pytest.fixture(scope="module")
+def expected_of_small(tmp_path_factory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("small")
+    return folder, undisturbed(folder / "quiet", "real", small_scan())
+
+
+@pytest.fixture(scope="module")
+def expected_of_phantom(tmp_path_factory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("phantom")
+    return folder, undisturbed(folder / "quiet", "real", WHOLE)
 
 
 @pytest.mark.long
-def test_a_small_scan_survives_180_kills(tmp_path):
-    check(tmp_path, "real", small_scan(), n_kills=6, rounds=30)
+@pytest.mark.parametrize("seed", range(30))
+def test_a_small_scan_survives_six_kills(expected_of_small, seed):
+    folder, expected = expected_of_small
+    check(folder / f"killed-{seed}", "real", small_scan(), 6, seed, expected)
 
 
 @pytest.mark.long
-def test_the_phantom_survives_20_kills(tmp_path):
-    scan = PUBLISHED.model_copy(update={"matrix": None})
-    check(tmp_path, "real", scan, n_kills=10, rounds=2)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_phantom_survives_five_kills(expected_of_phantom, seed):
+    folder, expected = expected_of_phantom
+    check(folder / f"killed-{seed}", "real", WHOLE, 5, seed, expected)
