@@ -70,10 +70,11 @@ def parts(encoder: encoders.Encoder, discrepancy: float, mapped: bool, n_voxels:
         state = encoders.update(state, jnp.asarray(coefficients), jnp.asarray(rng.uniform(0.4, 0.8, BLOCK)))
     noise = Noise(jnp.asarray(0.01), jnp.asarray(100.0), jnp.asarray(discrepancy))
     z = jnp.asarray(rng.normal(size=(BLOCK, 9, 2)), jnp.float32)
+    expansion = eqx.filter_jit(encoders.expand)(encoder, plan, state, z[:, 0])
     posterior = encoders.Gaussian(z[:, 0], jnp.abs(jnp.concatenate([z[:, 0], z[:, 1, :1]], axis=1)) + 0.1)
     work = {
         "anchors": lambda: features(encoder, plan, state, noise),
-        "likelihood at 9 points": lambda: evaluate(encoder, plan, state, noise, z),
+        "likelihood at 9 points": lambda: evaluate(encoder, plan, expansion, noise, z),
         "posterior": lambda: infer(encoder, plan, state, noise),
         "regions": lambda: regions(posterior, posterior.mean, encoder.coordinate),
         "all": lambda: everything(encoder, plan, state, noise),

@@ -6,8 +6,12 @@ posterior that knows nothing is Gaussian, one at the box's edge has nowhere to f
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
+import scipy.special
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float
 
@@ -27,6 +31,8 @@ class Coordinate(eqx.Module):
     def value(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """The parameter at z, in its own unit; of z's precision."""
         lower, upper = self._sides(axis, z)
+        if self._has_curve(axis, z):
+            return lower + (upper - lower) * jnp.square(self.place(axis, z))
         mass = ndtr(jnp.clip(z, -REACH, REACH))
         if self.shapes[axis] == "log-uniform":
             return lower * (upper / lower) ** mass
@@ -45,6 +51,10 @@ class Coordinate(eqx.Module):
 
     def slope(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """d value / d z: the bell over the prior's density."""
+        if self._has_curve(axis, z):
+            lower, upper = self._sides(axis, z)
+            place, rise = (_chebyshev(each, z) for each in _curve(self.shapes[axis]))
+            return 2 * (upper - lower) * place * rise
         return jnp.exp(-0.5 * z**2 - self.log_prior(axis, self.value(axis, z))) / jnp.sqrt(2 * jnp.pi).astype(z.dtype)
 
     def log_prior(self, axis: int, value: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -58,6 +68,8 @@ class Coordinate(eqx.Module):
 
     def place(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Where z lies on the lattice's own axis, 0 .. 1 (the square root of the distance from the lower bound)."""
+        if self._has_curve(axis, z):
+            return _chebyshev(_curve(self.shapes[axis])[0], z)
         lower, upper = self._sides(axis, z)
         return jnp.sqrt(jnp.clip((self.value(axis, z) - lower) / (upper - lower), 0.0, 1.0))
 
@@ -66,8 +78,36 @@ class Coordinate(eqx.Module):
         lower, upper = self._sides(axis, place)
         return self.z(axis, lower + (upper - lower) * jnp.square(place))
 
+    def log_density(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Log of the prior's density over the parameter, at z."""
+        return -0.5 * jnp.square(z) - jnp.log(self.slope(axis, z)) - 0.5 * jnp.log(2 * jnp.pi).astype(z.dtype)
+
+    def _has_curve(self, axis: int, z: Array) -> bool:
+        """In single precision a polynomial takes a third of the time."""
+        return z.dtype == jnp.float32 and self.shapes[axis] in ("uniform", "beta")
+
     def _sides(self, axis: int, like: Array) -> tuple[Array, Array]:
         return self.lower[axis].astype(like.dtype), self.upper[axis].astype(like.dtype)
+
+
+@lru_cache
+def _curve(shape: PriorShape) -> tuple[np.ndarray, np.ndarray]:
+    """Chebyshev coefficients of `place` over the reach, to 5e-8, and of its derivative by z."""
+    cheb = np.polynomial.chebyshev
+    at = np.cos(np.pi * (np.arange(256) + 0.5) / 256)
+    mass = scipy.special.ndtr(REACH * at)
+    place = np.sqrt(0.5 - np.sin(np.arcsin(1 - 2 * mass) / 3) if shape == "beta" else mass)
+    coefficients = cheb.chebfit(at, place, 18 if shape == "beta" else 24)
+    return coefficients, cheb.chebder(coefficients) / REACH
+
+
+def _chebyshev(coefficients: np.ndarray, z: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The series at z, held within the reach, by Clenshaw's recurrence."""
+    x = jnp.clip(z / REACH, -1.0, 1.0)
+    after, last = jnp.zeros_like(x), jnp.zeros_like(x)
+    for each in coefficients[:0:-1].tolist():
+        after, last = 2 * x * after - last + each, after
+    return x * after - last + float(coefficients[0])
 
 
 def _beta_quantile(mass: Float[Array, "..."]) -> Float[Array, "..."]:

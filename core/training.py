@@ -77,7 +77,8 @@ def negative_lower_bound(
     z = draw(key, posterior, N_DRAWS)
     centre = jax.lax.stop_gradient(posterior.mean)[:, None]
     points = jnp.clip(jnp.concatenate([centre, z], axis=1), -4.5, 4.5)
-    height = encoders.evaluate(encoder, plan, state, noise, points).log_likelihood - 0.5 * jnp.sum(points**2, axis=-1)
+    expansion = encoders.expand(encoder, plan, state, points[:, 0])
+    height = encoders.evaluate(encoder, plan, expansion, noise, points).log_likelihood - 0.5 * jnp.sum(points**2, axis=-1)
     log_q = coordinates.log_normal(
         coordinates.whiten(z - posterior.mean[:, None], posterior.root[:, None]), posterior.root[:, None]
     )

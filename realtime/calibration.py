@@ -36,7 +36,7 @@ def calibrate(
 
     The scans play the schedule, half of them; the others random orders of its pulses.
     """
-    infer = eqx.filter_jit(lambda encoder, plan, state, noise: encoders.infer(encoder, plan, state, noise))
+    infer = eqx.filter_jit(lambda encoder, plan, state, noise: encoders.infer(encoder, plan, state, noise)[0])
     plan = encoders.plan(encoder)
     truths, ours, theirs = [], [], []
     for number in range(n_scans):

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from scansteer.core import agreement, gaussian_region, signal_basis, voxel_columns
 from scansteer.core import coordinate as coordinates
 from scansteer.core import encoder as encoders
-from scansteer.core.encoder import Encoder, Gaussian, Plan, State
+from scansteer.core.encoder import Encoder, Fit, Gaussian, Plan, Points, State
 from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info, Prior
 from scansteer.core.likelihood import Noise
@@ -36,8 +36,8 @@ from scansteer.realtime.encoder_file import Trained, check, load, shipped
 from scansteer.realtime.messages import Audit
 from scansteer.realtime.reference import Reference
 
-BLOCK = 4096
-"""Voxels per block; fixed and padded, so that a voxel's answer is the same alone and in a volume."""
+BLOCK = 512
+"""Voxels per block, so few that what is computed on the way stays in cache; fixed and padded, so that a voxel's answer is the same alone and in a volume."""
 N_AUDITED = 256
 N_DRAWS = 200
 MEDIAN_BOUND = 2.0
@@ -84,7 +84,7 @@ class Volume:
         self._discrepancy = jnp.asarray(discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-encoder")
         self._step = eqx.filter_jit(_step, donate="all-except-first")
-        self._evaluate = eqx.filter_jit(encoders.evaluate)
+        self._evaluate = eqx.filter_jit(_evaluate)
         self._n_voxels = 0
         self._weights: list[jax.Array] = []
         self._states: list[State] = []
@@ -127,7 +127,7 @@ class Volume:
         z = np.stack([np.asarray(coordinate.z(axis, jnp.asarray(values[:, axis], jnp.float32))) for axis in (0, 1)])
         parts = []
         for index, state in enumerate(self._states):
-            points = jnp.asarray(_padded(z, index, self._block).T[:, None])
+            points = jnp.asarray(_padded(z, index, self._block).T)
             residual = self._evaluate(self.encoder, self._plan, state, known, points).residual[:, 0]
             parts.append(np.sqrt(np.asarray(residual) / np.maximum(np.asarray(state.energy), 1e-30)))
         return np.concatenate(parts)[: self._n_voxels]
@@ -300,30 +300,33 @@ def voxel_coefficients(
 def answer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Answer:
     """Posterior and summary of every voxel.
 
-    The MAP is sought among the Gaussian's mean, the peak of its likelihood, points about them, and then about the best of these: where the
-    posterior is a curved ridge, its mean does not lie on it.
+    The MAP is sought among the points of the last refinement and then about the best of them: where the posterior is a curved ridge, its mean
+    does not lie on it.
     """
-    posterior = encoders.infer(encoder, plan, state, noise)
+    posterior, expansion, seen = encoders.infer(encoder, plan, state, noise)
+    best, _ = _most_probable(encoder, seen)
+    about_best = coordinates.points(best, 0.4 * posterior.root, jnp.asarray(encoders.STENCIL, jnp.float32))
     peak = gaussian_region.mode(posterior)
-    about_mean = coordinates.points(posterior.mean, posterior.root, jnp.asarray(encoders.STENCIL, jnp.float32))
     ends = jnp.stack([peak, 0.5 * (posterior.mean + peak)], axis=1)
-    best = _most_probable(encoder, plan, state, noise, jnp.concatenate([about_mean, ends], axis=1))
-    about_best = coordinates.points(best, posterior.root * 0.4, jnp.asarray(encoders.STENCIL, jnp.float32))
-    best = _most_probable(encoder, plan, state, noise, about_best)
-    fit = encoders.evaluate(encoder, plan, state, noise, best[:, None])
-    nrmse = jnp.sqrt(fit.residual[:, 0] / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
+    z = jnp.clip(jnp.concatenate([about_best, ends], axis=1), -4.5, 4.5)
+    best, at = _most_probable(encoder, Points(z, encoders.evaluate(encoder, plan, expansion, noise, z)))
+    nrmse = jnp.sqrt(at.residual / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
     summary = gaussian_region.summarise(posterior, best, encoder.coordinate)
-    return Answer(Info(summary, nrmse, fit.amplitude[:, 0]), posterior)
+    return Answer(Info(summary, nrmse, at.amplitude), posterior)
 
 
-def _most_probable(
-    encoder: Encoder, plan: Plan, state: State, noise: Noise, candidates: Float[jax.Array, "voxel point 2"]
-) -> Float[jax.Array, "voxel 2"]:
-    """Of each voxel's candidates (z), near the first, the one of the highest density over (f, k)."""
-    held = jnp.clip(candidates, -4.5, 4.5)
-    height = encoders.evaluate_near(encoder, plan, state, noise, held).log_likelihood
-    height = height + sum(encoder.coordinate.log_prior(axis, encoder.coordinate.value(axis, held[..., axis])) for axis in (0, 1))
-    return jnp.take_along_axis(held, jnp.argmax(height, axis=1)[:, None, None], axis=1)[:, 0]
+def _most_probable(encoder: Encoder, seen: Points) -> tuple[Float[jax.Array, "voxel 2"], Fit]:
+    """Of the points at which each voxel's likelihood is known, the one of the highest density over (f, k), and the fit there."""
+    coordinate = encoder.coordinate
+    height = seen.fit.log_likelihood + sum(coordinate.log_density(axis, seen.z[..., axis]) for axis in (0, 1))
+    best = jnp.argmax(height, axis=1)[:, None]
+    fit = jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, best, axis=1)[:, 0], seen.fit)
+    return jnp.take_along_axis(seen.z, best[..., None], axis=1)[:, 0], fit
+
+
+def _evaluate(encoder: Encoder, plan: Plan, state: State, noise: Noise, z: Float[jax.Array, "voxel 2"]) -> Fit:
+    """The fit at one point per voxel."""
+    return encoders.evaluate(encoder, plan, encoders.expand(encoder, plan, state, z), noise, z[:, None])
 
 
 def _step(fixed, state: State, signal, kinds: tuple[int, ...]) -> tuple[State, Answer]:
