@@ -3,9 +3,9 @@
 Most dictionaries are of this kind, and only Mz matters to them. The full exponential of the 6 x 6 generator takes some twenty products
 of matrices; its longitudinal 2 x 2 corner is the inverse Laplace transform of a resolvent that eliminating the transverse components
 gives by hand, here as 2 Re sum_j weight_j (A t - pole_j)^-1 over seven poles. The one pair of eigenvalues that such a sum misses,
-water's precession about its effective field, is found by Newton's method and its residue added. Agrees with `propagate` to 1e-11
-where `applies` says so, at a third of the time. (Tried and slower: a sum over the full 3 x 3 Schur complement of water, 1.2 us a pulse
-and cell; scaling and squaring, 1.1 us; this, 0.5 us.)
+water's precession about its effective field, is found by Newton's method and its residue added. Where `longitudinal` trusts it, it agrees with
+`propagate` to 6e-10 for any tissue and pulse, and to 1e-11 for the scans that are built in, at a third of the time. (Tried and slower: a
+sum over the full 3 x 3 Schur complement of water, 1.2 us a pulse and cell; scaling and squaring, 1.1 us; this, 0.5 us.)
 """
 
 from __future__ import annotations
@@ -93,32 +93,47 @@ def _sum_over_poles(x: Scaled) -> list[Array]:
 
 
 def _pair(x: Scaled) -> tuple[list[Array], Array]:
-    """What the pair near (-R2rho +- i effective field) adds to the same six numbers, and the largest error of it."""
-    field = jnp.sqrt(x.offset_water**2 + x.w1**2)
-    x = x._replace(w1=jnp.maximum(x.w1, 1e-6 * field))  # without RF the pair has no residue and its equation no simple root
+    """What the pair near (-R2rho +- i effective field) adds to the same six numbers, and an estimate of the error of it."""
+    field = _field(x)
+    silent = x.w1 < 1e-6 * field  # the pair has no residue, and its equation no simple root
+    x = x._replace(w1=jnp.where(silent, 1e-6 * field, x.w1))
     tilt = (x.w1 / field) ** 2
     value = lax.complex(-x.r2_water * (1 - 0.5 * tilt) - 0.5 * tilt * x.r1_water, field)
-    *_, m, slope = _with_slope(value, x)
-    value = value - m / slope
-    a, b, d, n, m, slope = _with_slope(value, x)
-    step = m / slope
+    _, _, (step, _) = _newton(value, x)
     value = value - step
+    entries, slopes, (step, inverse_slope) = _newton(value, x)
+    value = value - step
+    value = lax.complex(jnp.minimum(value.real, 0.0), value.imag)  # gone astray: no overflow, even if not trusted
     # far out the sum over poles is nothing and all of the pair is lacking
-    lacking = lax.cond(jnp.min(field) > rational.OUT_OF_REACH, jnp.exp, rational.remainder, value) * n / slope
-    entries = [entry * lacking for entry in (d, -b, a)]
-    error = jnp.abs(step) / field * tilt * jnp.exp(value.real)
+    lacking = lax.cond(jnp.min(field) > rational.OUT_OF_REACH, jnp.exp, rational.remainder, value) * inverse_slope
+    # without RF the entries vanish at the root: there, not a step beside it, they are wanted
+    entries = [jnp.where(silent, 0.0, (entry - step * slope) * lacking) for entry, slope in zip(entries, slopes, strict=True)]
+    apart = jnp.minimum(field, jnp.hypot(x.r2_pool - x.r2_water, jnp.abs(x.offset_pool) - field))
+    off = jnp.abs(step) / apart
+    error = off * (tilt + off) * jnp.exp(_slowest(x, tilt))
     return [2 * entry.real for entry in entries] + [2 * (entry / value).real for entry in entries], error
 
 
-def _with_slope(z, x: Scaled):
-    """`_resolvent` at z, and n d(m / n)/dz: with it, m / slope is Newton's step to the root of m / n."""
-    (a, b, d, n, m), (_, _, _, dn, dm) = jax.jvp(lambda z: _resolvent(z, x), (z,), (jnp.ones_like(z),))
-    return a, b, d, n, m, dm - m / n * dn
+def _field(x: Scaled):
+    """Water's effective field; where there is none the floor spares the derivative an infinity."""
+    return jnp.sqrt(jnp.maximum(x.offset_water**2 + x.w1**2, 1.0))
+
+
+def _newton(z, x: Scaled):
+    """At z: the three entries of the corner times the determinant, their derivatives, Newton's step, and 1 / the determinant's derivative."""
+    (a, b, d, n, m), (da, db, dd, dn, dm) = jax.jvp(lambda z: _resolvent(z, x), (z,), (jnp.ones_like(z),))
+    slope = dm - m / n * dn  # n times the derivative of m / n
+    return (d, -b, a), (dd, -db, da), (m / slope, n / slope)
+
+
+def _slowest(x: Scaled, tilt):
+    """The pair decays at least by the exponential of this; the loss by exchange comes back where exchange is fast."""
+    return x.exchange * x.fraction - x.r2_water - 0.5 * tilt * (x.r1_water - x.r2_water)
 
 
 def applies(x: Scaled) -> Bool[Array, "*cell"]:
     """Where the sum over poles and one pair is exact to 1e-9, apart from the convergence of the pair."""
-    field = jnp.sqrt(x.offset_water**2 + x.w1**2)
+    field = _field(x)
     pool_decays = 0.5 * (x.r1_pool + x.r2_pool) > -rational.SAFE_REAL_PART
     return pool_decays & (field > rational.FAR)
 
@@ -134,8 +149,8 @@ def longitudinal(x: Scaled, sources: tuple[Array, Array]) -> tuple[Affine, Array
         1/T1 and f/T1 of the pool, times the duration.
     """
     total = _sum_over_poles(x)
-    field = jnp.sqrt(x.offset_water**2 + x.w1**2)
-    slowest = -jnp.min(x.r2_water + 0.5 * (x.w1 / field) ** 2 * (x.r1_water - x.r2_water))
+    field = _field(x)
+    slowest = jnp.max(_slowest(x, (x.w1 / field) ** 2))
     nothing = lambda x: ([jnp.zeros_like(x.w1)] * 6, jnp.zeros_like(x.w1))  # noqa: E731
     pair, error = lax.cond(jnp.exp(slowest) > NEGLIGIBLE, _pair, nothing, x)
     ww, mixed, pp, ww_time, mixed_time, pp_time = (one + other for one, other in zip(total, pair, strict=True))
