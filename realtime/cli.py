@@ -162,9 +162,9 @@ def train(
 
 @app.command()
 def evaluate(
-    file: Annotated[Path, typer.Argument(metavar="SCAN.h5", help="MRD file: HDF5 or stream.")],
     scan: ScanOption,
     out: Annotated[Path, typer.Option(metavar="FILE.json", help="Figures; a picture FILE.png beside it.")],
+    file: Annotated[Path | None, typer.Argument(metavar="[SCAN.h5]", help="MRD file; none: a scan simulated from the priors.")] = None,
     roi: RoiOption = None,
     map_: MapOption = None,
     encoder: EncoderOption = None,

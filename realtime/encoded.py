@@ -37,7 +37,8 @@ from scansteer.realtime.messages import Audit
 from scansteer.realtime.reference import Reference
 
 BLOCK = 512
-"""Voxels per block, so few that what is computed on the way stays in cache; fixed and padded, so that a voxel's answer is the same alone and in a volume."""
+"""Voxels per block: few, so that what is computed on the way stays in cache; fixed and padded, so that a voxel's answer is the same alone
+and in a volume."""
 N_AUDITED = 256
 N_DRAWS = 200
 MEDIAN_BOUND = 2.0

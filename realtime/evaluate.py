@@ -17,24 +17,29 @@ from scansteer.core import agreement, voxel_columns
 from scansteer.core.encoder import Gaussian
 from scansteer.core.errors import InputError, ScansteerError
 from scansteer.core.grid_posterior import Info
+from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols.scan import Scan, bounds
 from scansteer.realtime import calibration, encoder_file
 from scansteer.realtime.encoded import Answer, Auditor, Volume, map_error
 from scansteer.realtime.encoder_file import Trained
 from scansteer.realtime.recording import Recording, read
 from scansteer.realtime.reference import Reference
-from scansteer.realtime.simulated import Simulator
+from scansteer.realtime.simulated import GROUP, Conditions, Simulator
 from scansteer.realtime.training import shown
 
 N_DRAWS = 200
 CHUNK = 256
 """Voxels compared at a time."""
 N_CALIBRATION_SCANS = 12
+N_SIMULATED_GROUPS = 16
+"""Groups of 64 voxels of like maps in a simulated scan that stands in for a measured one."""
+SIMULATED_SIGMA = 5e-3
+"""Its noise [fraction of M0]; the published scans have 0.4-1 %."""
 Tell = Callable[[str, int, int], None]
 
 
 def evaluate(
-    path: Path,
+    path: Path | None,
     scan: Scan,
     encoder: str | None = None,
     roi: Path | None = None,
@@ -46,6 +51,8 @@ def evaluate(
 
     Parameters
     ----------
+    path
+        A measured scan; none: one that is simulated with voxels from the scan's priors.
     encoder
         File; none: the shipped one of that scan.
 
@@ -54,9 +61,12 @@ def evaluate(
     InputError
         Nothing to evaluate, or weights of another scan.
     """
-    recording, warnings = read(path, scan, roi, maps)
     trained = chosen(scan, encoder)
-    encoder_file.check(trained, scan, tuple(recording.maps))
+    recording, warnings = (None, []) if path is None else read(path, scan, roi, maps)
+    encoder_file.check(trained, scan, trained.mapped if recording is None else tuple(recording.maps))
+    tell("simulating pulses", 0, 1)
+    simulator = Simulator(scan, trained.mapped)
+    recording = recording or simulated(simulator)
     images = list(compared(recording, scan, trained, tell))
     result: dict[str, Any] = {
         "scan": scan.name,
@@ -71,8 +81,6 @@ def evaluate(
         "images": images,
     }
     if calibrate:
-        tell("simulating pulses", 0, 1)
-        simulator = Simulator(scan, trained.mapped)
         with ThreadPoolExecutor(2) as pool:
             result["calibration"] = calibration.calibrate(simulator, trained.encoder, 1000, N_CALIBRATION_SCANS, pool, tell)
     return result
@@ -90,10 +98,20 @@ def chosen(scan: Scan, encoder: str | None) -> Trained:
     return trained
 
 
+def simulated(simulator: Simulator, seed: int = 2000) -> Recording:
+    """A scan of the schedule: voxels from the priors, in groups whose maps are alike (as tissue's are)."""
+    blocks = simulator.scan.schedule
+    conditions = Conditions(blocks, SIMULATED_SIGMA, dof=1e3)
+    drawn = simulator.draw(np.random.default_rng([seed, 6]), conditions, N_SIMULATED_GROUPS, simulator.expected(blocks))
+    maps = {name: np.repeat(values, GROUP) for name, values in drawn.maps.items()}
+    noise = [NoiseEstimate(conditions.sigma, conditions.dof)] * len(blocks)
+    return Recording("simulated", blocks, range(len(blocks)), drawn.signals, noise, maps)
+
+
 def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
     """One row per image."""
     reference = Auditor(scan, list(recording.maps))
-    volume = Volume(trained.encoder, columns_of(reference, trained), scan.noise.discrepancy, block=1024)
+    volume = Volume(trained.encoder, columns_of(reference, trained), scan.noise.discrepancy)
     errors = {name: map_error(scan, name, values) for name, values in recording.maps.items()}
     volume.begin(voxel_columns.of_voxels(volume.columns, recording.maps, errors), recording.signals.shape[1])
     reference.begin(recording.maps, recording.signals[0])
@@ -230,7 +248,7 @@ def _mahalanobis(points: jax.Array, mean: jax.Array, covariance: jax.Array) -> j
     )
 
 
-def evaluate_file(path: Path, scan: Scan, out: Path, encoder: str | None, roi: Path | None, maps: dict[str, str]) -> None:
+def evaluate_file(path: Path | None, scan: Scan, out: Path, encoder: str | None, roi: Path | None, maps: dict[str, str]) -> None:
     """The command: figures into a JSON file, a picture beside it."""
     with shown() as tell:
         result = evaluate(path, scan, encoder, roi, maps, tell=tell)
