@@ -76,11 +76,14 @@ class Guard:
         Raises
         ------
         InputError
-            No allowed key, or a key file that cannot be read or that others can read.
+            No allowed key, a role of a key that is not allowed, or a key file that cannot be read or that others can read.
         """
         if keys.allowed is None:
             raise InputError("keys.allowed is missing: the folder with the public keys of the clients that may connect.")
         self._names = read_allowed(keys.allowed)
+        unknown = sorted({*keys.roles} - {*self._names.values()})
+        if unknown:
+            raise InputError(f"keys.roles names {', '.join(unknown)}; {keys.allowed} has no such key.")
         self._public, self._secret = read_secret(keys.secret)
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()

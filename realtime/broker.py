@@ -54,6 +54,7 @@ from scansteer.realtime.messages import (
 from scansteer.realtime.outbox import Outbox, Outgoing, to
 from scansteer.realtime.registry import Registry
 from scansteer.realtime.request import Request
+from scansteer.realtime.roles import check_role
 from scansteer.realtime.steering import Steering
 from scansteer.realtime.worker import (
     Decided,
@@ -111,6 +112,7 @@ class Broker:
         self._n_warming = 0
         self._clock = clock
         self._outbox = Outbox()
+        self._roles = {} if config.keys is None else config.keys.roles
         self._intake = Intake(self._outbox, self.metrics, self._refusal)
         self._steering = Steering(config, self._outbox, clock)
         self.sessions.recover(clock())
@@ -126,6 +128,7 @@ class Broker:
             return [self._refusal(identity, error.request_id, None, error)]
         request = Request(identity, frames, user)
         try:
+            check_role(self._roles.get(user, "control"), message)
             if isinstance(message, Image):
                 self._intake.take(self._session(message), message, bodies[0], request)
                 return []

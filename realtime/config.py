@@ -40,6 +40,9 @@ class Limits(Settings):
     """Per session."""
 
 
+Role = Literal["watch", "images", "control"]
+
+
 class Keys(Settings):
     """CURVE keys; `scansteer keys new DIR` makes them."""
 
@@ -49,6 +52,9 @@ class Keys(Settings):
     """Service: folder of the public `NAME.key` files of the clients that may connect."""
     service: Path | None = None
     """Client: the service's public `service.key`."""
+    roles: dict[str, Role] = {}
+    """Service: what the key `NAME.key` of the allowed ones may do, where that is less than everything: `watch` (status, decisions,
+    maps), or `images` (also open and close sessions and send images)."""
 
 
 class ServeConfig(Settings):

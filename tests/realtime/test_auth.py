@@ -7,7 +7,7 @@ import zmq
 
 from scansteer.core.errors import InputError
 from scansteer.realtime.auth import check_endpoint, is_local, make_keys, read_allowed, read_secret
-from scansteer.realtime.client import Client, ServiceSilentError, Watcher
+from scansteer.realtime.client import Client, RefusedError, ServiceSilentError, Watcher
 from scansteer.realtime.codec import encode
 from scansteer.realtime.config import Keys
 from scansteer.realtime.messages import Ping
@@ -92,6 +92,34 @@ def test_a_client_without_keys_is_not_heard(guarded):
         plain.send_multipart(encode(Ping(request_id=1)))
         assert not plain.poll(300)
     assert guarded.server.broker.metrics.messages == 0
+
+
+def test_a_key_may_be_for_watching_only(serve_config, run_service, keys, scan, make_image):
+    service_keys = keys[0].model_copy(update={"roles": {"client": "watch"}})
+    service = run_service(serve_config.model_copy(update={"keys": service_keys}))
+    with Client(service.endpoint, keys=keys[1]) as client:
+        assert client.status().ready
+        with pytest.raises(RefusedError, match="may only watch; a 'open' message"):
+            client.open(scan, "s")
+    assert not (serve_config.data_dir / "s").exists()
+
+
+def test_a_key_may_be_for_images_only(serve_config, run_service, keys, scan, make_image):
+    service_keys = keys[0].model_copy(update={"roles": {"client": "images"}})
+    service = run_service(serve_config.model_copy(update={"keys": service_keys}))
+    with Client(service.endpoint, keys=keys[1]) as client:
+        client.open(scan, "s")
+        assert client.send_image("s", make_image(0)).repetition == 0
+        for steer in (lambda: client.subscribe("s"), lambda: client.control("s", "abort"), lambda: client.played("s", 0, scan.schedule[0])):
+            with pytest.raises(RefusedError, match="may only send images and watch"):
+                steer()
+        assert client.close_session("s")["n_images"] == 1
+
+
+def test_a_role_of_a_key_that_does_not_exist_does_not_start(serve_config, run_service, keys):
+    service_keys = keys[0].model_copy(update={"roles": {"cilent": "watch"}})
+    with pytest.raises(InputError, match=r"keys\.roles names cilent"):
+        run_service(serve_config.model_copy(update={"keys": service_keys}))
 
 
 def test_a_watcher_needs_a_key_too(guarded, keys, scan, make_image):

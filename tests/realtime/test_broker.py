@@ -114,6 +114,49 @@ def test_many_images_share_one_sync(stage, opening, make_image, monkeypatch):
     assert len(count) == 1
 
 
+def test_images_that_arrive_together_are_written_with_one_call(stage, opening, make_image, monkeypatch, serve_config):
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    writes: list[int] = []
+    really_write = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda *arguments: (writes.append(1), really_write(*arguments))[1])
+    for repetition in (1, 2, 3, 3, 4):  # one comes twice
+        body = make_image(repetition)
+        stage.broker.handle(b"client", encode(image_of("s", body), [body]))
+    answers = heard(stage.broker.commit())
+    assert [answer.repetition for answer in answers] == [1, 2, 3, 3, 4]
+    assert [answer.duplicate for answer in answers] == [False, False, False, True, False]
+    assert len(writes) == 2
+    stage.work()
+    decisions = stage.broker.sessions.get("s").decisions
+    assert [decision.repetition for decision in decisions] == [0, 1, 2, 3, 4]
+
+
+def test_images_are_written_before_a_message_that_came_after_them(stage, opening, make_image, serve_config):
+    stage.say(opening)
+    for repetition in (0, 1):
+        body = make_image(repetition)
+        stage.broker.handle(b"client", encode(image_of("s", body), [body]))
+    stage.say(Close(session_id="s"))
+    written = [decode(frames)[0] for _, frames in journal.read_all(serve_config.data_dir / "s" / "journal")]
+    assert kinds(written) == ["open", "image", "image", "close"]
+
+
+def test_images_that_arrive_together_are_refused_together_when_the_disk_is_full(stage, opening, make_image, monkeypatch):
+    def full(descriptor, parts, offset):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stage.say(opening)
+    monkeypatch.setattr(os, "pwritev", full)
+    bodies = [make_image(repetition) for repetition in range(3)]
+    for number, body in enumerate(bodies):
+        stage.broker.handle(b"client", encode(image_of("s", body).model_copy(update={"request_id": number}), [body]))
+    answers = heard(stage.broker.commit())
+    assert [(answer.kind, answer.code, answer.request_id) for answer in answers] == [("refused", "disk", n) for n in range(3)]
+    monkeypatch.undo()
+    assert [kinds(stage.image("s", body)) for body in bodies] == [["accepted"]] * 3
+
+
 def test_a_failed_sync_turns_answers_into_refusals(stage, opening, make_image, monkeypatch):
     stage.say(opening)
 

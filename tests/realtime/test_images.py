@@ -182,6 +182,13 @@ def test_empty_and_not_finite_pictures_are_not_usable() -> None:
     check_usable(decode_frame(image_message(PIXELS)))
 
 
+def test_signalling_nan_is_decoded_without_a_warning() -> None:
+    body = bytearray(image_message(PIXELS.astype(np.float32)))
+    body[-4:] = b"\x01\x00\x80\x7f"  # a float32 NaN whose quiet bit is not set: converting it raises the invalid flag
+    with pytest.raises(InputError, match="1 NaN or infinite"):
+        check_usable(decode_frame(bytes(body)))
+
+
 def test_types_that_mrd_lacks_are_refused() -> None:
     with pytest.raises(InputError, match="int64"):
         image_message(PIXELS.astype(np.int64))

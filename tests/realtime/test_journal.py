@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scansteer.realtime import journal
-from scansteer.realtime.journal import DiskFullError, Journal, JournalError
+from scansteer.realtime.journal import DiskFullError, Journal, JournalError, Record
 
 RECORDS = [[b"open"], [b"image", b"a" * 100], [b"image", b""], [b"played"], [b"image", bytes(range(256))]]
 
@@ -110,6 +111,26 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path, monkeypatch):
     book.sync()
     book.close()
     assert contents(path) == [[b"first"], [b"third"]]
+
+
+def test_records_that_are_written_together_are_there_together_or_not_at_all(path, monkeypatch):
+    book = Journal.create(path)
+    records = [Record([b"image", bytes([number]) * 50], zlib.crc32(bytes([number]) * 50)) for number in range(3)]
+    assert [entry.sequence for entry in book.append_all(records)] == [0, 1, 2]
+    really_write = os.pwritev
+
+    def half_then_full(descriptor, parts, offset):
+        really_write(descriptor, [b"".join(parts)[:200]], offset)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", half_then_full)
+    with pytest.raises(DiskFullError, match="no room"):
+        book.append_all(records)
+    monkeypatch.undo()
+    assert book.append([b"next"]).sequence == 3
+    book.close()
+    assert contents(path) == [*(list(record.frames) for record in records), [b"next"]]
+    assert journal.scan(path)[1] == []
 
 
 def test_a_write_that_is_cut_short_is_completed(path, monkeypatch):
