@@ -82,7 +82,7 @@ def compare(state: State, signal: Float[np.ndarray, " voxel"]) -> Departure | No
     deviation = (signal - expected) / spread
     usual = np.sqrt((state.scatter + 1) / (state.n_compared + 1))
     departs = np.abs(deviation) > FAR * np.maximum(usual, 1.0)
-    return Departure(expected, deviation, departs, float(np.mean(departs[steady])), spread / expected_spread)
+    return Departure(expected, deviation, departs, float(np.mean(departs[steady])), float(spread / expected_spread))
 
 
 def update(state: State, signal: Float[np.ndarray, " voxel"], departure: Departure | None) -> State:

@@ -10,9 +10,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from scansteer.realtime.messages import Decision, RegionReport
+from scansteer.realtime.retrospective import Comparison, Course
 
 INK = "#333333"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -135,6 +137,62 @@ def latency_over_images(decisions: Sequence[Decision]) -> str:
     return _over_images(decisions, draw)
 
 
+def courses(comparison: Comparison) -> str:
+    """SVG: area, half-width and early-stopping error against n; causal on the left, normalised by the whole scan on the right."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.6, 7.2), layout="constrained")
+        panels = figure.subplots(3, 2, sharex=True, sharey="row")
+        for column, (title, course) in enumerate(_views(comparison)):
+            _draw_course(panels[:, column], course, comparison.parameters)
+            panels[0, column].set_title(title)
+            panels[2, column].set_xlabel("images n")
+        for axes, text in zip(panels[:, 0], ("area of the 95 % CR [f x 1/s]", "CI half-width [%]", "error against the last n [%]"), strict=True):
+            axes.set_ylabel(text)
+        panels[2, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        return _svg(figure)
+
+
+def maps_over_images(comparison: Comparison) -> bytes:
+    """PNG: maps of both parameters at a few n, a row for each view."""
+    rows = [(name, axis, view, course) for axis, name in enumerate(comparison.parameters) for view, course in _views(comparison)]
+    rows_at, columns_at = comparison.places.T
+    shape = np.ptp(comparison.places, axis=0) + 1
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(1.9 * len(comparison.shown_at) + 0.9, 1.9 * len(rows)), layout="constrained")
+        panels = figure.subplots(len(rows), len(comparison.shown_at), squeeze=False)
+        for line, (name, axis, view, course) in zip(panels, rows, strict=True):
+            last = comparison.causal.on_maps[-1, :, axis]
+            top = scale(is_fraction=axis == 0) * 1.5 * float(np.percentile(last, 95))
+            for axes, n, values in zip(line, comparison.shown_at, course.on_maps[:, :, axis], strict=True):
+                picture = np.full(shape, np.nan)
+                picture[rows_at - rows_at.min(), columns_at - columns_at.min()] = scale(is_fraction=axis == 0) * values
+                shown = _picture(axes, picture, "viridis", 0.0, max(top, 1e-12))
+                axes.set_title(f"n = {n}")
+            line[0].set_ylabel(f"{label(name, is_fraction=axis == 0)}\n{view}")
+            figure.colorbar(shown, ax=list(line), fraction=0.03, pad=0.01).ax.tick_params(labelsize=8)
+        return _png(figure)
+
+
+def _views(comparison: Comparison) -> list[tuple[str, Course]]:
+    return [("causal", comparison.causal), ("by the whole scan", comparison.whole)]
+
+
+def _draw_course(panels: Sequence[Axes], course: Course, parameters: Sequence[str]) -> None:
+    numbers = np.arange(1, len(course.area) + 1)
+    panels[0].plot(numbers, course.area, color=COLOURS[0], marker="o", markersize=3)
+    panels[0].set_yscale("log")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        halfwidth = 100 * np.median(course.halfwidth / course.estimate, axis=1)
+    for axis, (name, colour) in enumerate(zip(parameters, COLOURS, strict=False)):
+        panels[1].plot(numbers, halfwidth[:, axis], color=colour, marker="o", markersize=3, label=name)
+        said = f"{name}: {course.bounded[axis]:.0%} within the half-width"
+        panels[2].plot(numbers, 100 * course.error[:, axis], color=colour, marker="o", markersize=3, label=said)
+    panels[1].set_ylim(0, 150)
+    panels[2].set_ylim(0, 150)
+    panels[1].legend(fontsize=8)
+    panels[2].legend(fontsize=8)
+
+
 def _over_images(decisions: Sequence[Decision], draw: Callable[[Axes], None]) -> str:
     """An SVG whose horizontal axis counts images, with a line where a stop was first called."""
     with matplotlib.rc_context(_STYLE):
@@ -165,15 +223,20 @@ def _map_panels(maps: Mapping[str, np.ndarray], parameters: Sequence[str]):
 def _draw_map(figure: Figure, axes: Axes, title: str, values: np.ndarray, colours: str) -> None:
     finite = values[np.isfinite(values)]
     low, high = np.percentile(finite, [1, 99]) if finite.size else (0.0, 1.0)
+    shown = _picture(axes, values, colours, low, high if high > low else low + 1e-12)
+    axes.set_title(title)
+    figure.colorbar(shown, ax=axes, orientation="horizontal", fraction=0.06, pad=0.03).ax.tick_params(labelsize=8)
+
+
+def _picture(axes: Axes, values: np.ndarray, colours: str, low: float, high: float) -> AxesImage:
+    """Pixels as they are, without a frame; grey where there is no value."""
     axes.set_facecolor("#f2f2f2")
     axes.grid(False)
-    shown = axes.imshow(values, cmap=colours, vmin=low, vmax=high if high > low else low + 1e-12, interpolation="nearest")
-    axes.set_title(title)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    figure.colorbar(shown, ax=axes, orientation="horizontal", fraction=0.06, pad=0.03).ax.tick_params(labelsize=8)
+    return axes.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
 
 
 def _fullest_slice(values: np.ndarray) -> int:

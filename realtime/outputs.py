@@ -14,6 +14,7 @@ from scansteer.realtime import report
 from scansteer.realtime.images import Geometry
 from scansteer.realtime.maps import write_volume
 from scansteer.realtime.messages import Decision
+from scansteer.realtime.retrospective import Comparison
 
 
 class DecisionLog:
@@ -65,6 +66,7 @@ def write_outputs(
     maps: Mapping[str, np.ndarray],
     summary: Mapping[str, Any],
     maps_at: Mapping[int, Mapping[str, np.ndarray]] | None = None,
+    comparison: Comparison | None = None,
 ) -> None:
     """Write everything but decisions.jsonl into a folder.
 
@@ -94,7 +96,7 @@ def write_outputs(
             write_maps(out / f"maps_{n_images:03d}", at_that_time, geometry, summary, n_images)
         write_maps(out / "maps", maps, geometry, summary, decisions[-1].n_images if decisions else 0)
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        (out / "report.html").write_text(report.render(decisions, maps, summary), encoding="utf-8")
+        (out / "report.html").write_text(report.render(decisions, maps, summary, comparison), encoding="utf-8")
     except OSError as error:
         raise ScansteerError(f"Cannot write {error.filename or out}: {error.strerror}.") from error
 

@@ -24,7 +24,8 @@ from scansteer.realtime.encoded import engine_maker
 from scansteer.realtime.images import Frame, Role, encode_frame
 from scansteer.realtime.messages import Decision
 from scansteer.realtime.outputs import DecisionLog, write_outputs
-from scansteer.realtime.session import Files, Session
+from scansteer.realtime.retrospective import Comparison, Recorder, clipped
+from scansteer.realtime.session import AUXILIARIES, Files, Session, to_scan_unit
 from scansteer.realtime.sources import Source, StoredImage, check_against, open_source
 from scansteer.realtime.worker import Setup
 
@@ -132,11 +133,12 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
         log = stack.enter_context(DecisionLog(out / "decisions.jsonl"))
         with console.status("compiling and simulating the schedule"):
             runner: Runner = Here(setup, options.encoder) if options.connect is None else Remote(setup, options.connect)
-        troubles, maps_at = _stream(source, runner, scan, log, options, console)
+        recorder = Recorder(scan)
+        troubles, maps_at = _stream(source, runner, scan, log, recorder, options, console)
         maps = runner.maps() if log.decisions else {}
         first = source.first()
         summary = runner.finish() | {"warnings": warnings}
-        write_outputs(out, log.decisions, first.frame.geometry if first is not None else None, maps, summary, maps_at)
+        write_outputs(out, log.decisions, first.frame.geometry if first is not None else None, maps, summary, maps_at, _look_back(recorder, setup))
     console.print(_farewell(summary, log.decisions, out), highlight=False)
     if troubles:
         raise ScansteerError(" ".join(troubles))
@@ -177,7 +179,7 @@ def _setup(source: Source, scan: Scan, options: Options) -> Setup:
 
 
 def _stream(
-    source: Source, runner: Runner, scan: Scan, log: DecisionLog, options: Options, console: Console
+    source: Source, runner: Runner, scan: Scan, log: DecisionLog, recorder: Recorder, options: Options, console: Console
 ) -> tuple[list[str], dict[int, dict[str, np.ndarray]]]:
     """Give the images to the runner one by one; what went wrong, and the maps as they stood."""
     troubles: list[str] = []
@@ -203,6 +205,7 @@ def _stream(
                     troubles.append(str(error))
                     continue
                 log.append(decision)
+                recorder.note(image.frame, decision, runner.maps())
                 progress.update(task, advance=1, description=decision.action)
                 if decision.n_images in options.maps_at:
                     maps_at[decision.n_images] = runner.maps()
@@ -213,6 +216,14 @@ def _stream(
                 raise
             troubles.append(str(error))
     return troubles, maps_at
+
+
+def _look_back(recorder: Recorder, setup: Setup) -> Comparison | None:
+    """The finished scan seen twice, with the maps that were used."""
+    scan = setup.scan
+    used = {AUXILIARIES[role]: (role, frame) for role, frame in setup.auxiliaries.items() if AUXILIARIES[role] in scan.auxiliaries}
+    scaled = {name: frame.pixels * to_scan_unit(role, scan.larmor_hz_per_ppm) for name, (role, frame) in used.items()}
+    return recorder.compare({name: clipped(values, scan.auxiliaries[name]) for name, values in scaled.items()})  # type: ignore[index]
 
 
 def _farewell(summary: dict[str, Any], decisions: list[Decision], out: Path) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from scansteer.realtime import figures
 from scansteer.realtime.messages import Decision, ParameterReport, RegionReport
+from scansteer.realtime.retrospective import Comparison
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -44,7 +45,9 @@ ul.warnings {{ background: #fff6e0; border-left: 3px solid #d99a00; margin: 0; p
 """
 
 
-def render(decisions: Sequence[Decision], maps: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> str:
+def render(
+    decisions: Sequence[Decision], maps: Mapping[str, np.ndarray], summary: Mapping[str, Any], comparison: Comparison | None = None
+) -> str:
     """The report as HTML.
 
     Parameters
@@ -55,12 +58,15 @@ def render(decisions: Sequence[Decision], maps: Mapping[str, np.ndarray], summar
         As they stood after the last image: `NAME_map`, `NAME_lower`, `NAME_upper`, `nrmse`, shape (z, y, x); may be empty.
     summary
         As in summary.json.
+    comparison
+        The scan looked back upon in two ways, if that was done.
     """
     title = f"scansteer: {summary.get('scan', 'scan')}"
     parts = [f"<h1>{escape(title)}</h1>", _lead(decisions), _warnings(decisions, summary)]
     if decisions and decisions[0].regions:
         parameters = list(decisions[0].regions[0].parameters)
-        parts += [_results(decisions[-1], parameters), _maps(maps, parameters), _curves(decisions, parameters), _table(decisions)]
+        parts += [_results(decisions[-1], parameters), _maps(maps, parameters), _curves(decisions, parameters)]
+        parts += [_comparison(comparison) if comparison is not None else "", _table(decisions)]
     parts.append(_footer(decisions, summary))
     return _PAGE.format(title=escape(title), body="\n".join(part for part in parts if part))
 
@@ -150,6 +156,24 @@ def _curves(decisions: Sequence[Decision], parameters: Sequence[str]) -> str:
     return f'<h2>Image by image</h2>\n<div class="figures">{figures_html}</div>'
 
 
+def _comparison(comparison: Comparison) -> str:
+    picture = base64.b64encode(figures.maps_over_images(comparison)).decode()
+    described = "Estimates at a few numbers of images, as known then and as the published analysis has them"
+    curves = _svg_figure(
+        figures.courses(comparison),
+        f"Area of the 95 % region, half-width of the 95 % intervals and mean absolute difference from the last estimate, over {comparison.n_voxels} "
+        "voxels, against the number of images; and the share of (voxel, n = 3 to the last but one) whose difference is within the half-width.",
+    )
+    return (
+        "<h2>Looking back: causal, and normalised by the whole scan</h2>\n"
+        '<p class="note">Causal: from the images up to n alone, as decided above. Normalised by the whole scan: the published retrospective '
+        "analysis, whose signals are divided by their norm over all images and whose noise is the misfit over all images, with what was not mapped "
+        "in the middle of its range. No scanner knows either at image n; its early estimates and narrow intervals could not have been had.</p>\n"
+        f'{curves}\n<figure><img src="data:image/png;base64,{picture}" alt="{escape(described)}">'
+        f"<figcaption>{escape(described)}.</figcaption></figure>"
+    )
+
+
 def _svg_figure(svg: str, caption: str) -> str:
     picture = base64.b64encode(svg.encode()).decode()
     return (
@@ -173,8 +197,8 @@ def _row(decision: Decision) -> str:
     pulse = decision.next_pulse
     suggested = f"{pulse.b1_ut:g} uT, {pulse.offset_ppm:g} ppm, {pulse.t_sat_s:g} s after {pulse.t_rec_s:g} s" if pulse else "-"
     fit = "passed" if decision.lack_of_fit.passed else "failed"
-    if decision.lack_of_fit.statistic is not None:
-        fit += f" ({decision.lack_of_fit.statistic:.3g})"
+    known = [value for value in (decision.lack_of_fit.statistic, decision.lack_of_fit.prediction) if value is not None]
+    fit += f" ({', '.join(f'{value:.3g}' for value in known)})" if known else ""
     cells = (
         f"<td>{decision.n_images}</td><td class=text>{decision.action}</td><td class=text>{escape(decision.reason)}</td>"
         f"<td>{_percent(least)}</td><td>{_number(max(areas, default=None))}</td><td class=text>{fit}</td>"

@@ -196,6 +196,9 @@ class Session:
         values = {"nrmse": self._info.nrmse}
         for axis, name in enumerate(self.scan.parameter_names):
             values |= {f"{name}_map": summary.map[:, axis], f"{name}_lower": summary.lower[:, axis], f"{name}_upper": summary.upper[:, axis]}
+        drawn = self._reference.draw() if isinstance(self._reference, Encoded) else None
+        if drawn is not None:
+            values |= {f"{name}_draw": drawn[:, axis] for axis, name in enumerate(self.scan.parameter_names)}
         return {name: self._painted(value) for name, value in values.items()}
 
     def summary(self) -> Summary:
@@ -278,7 +281,7 @@ class Session:
         places = tuple(np.searchsorted(index, region.voxels) for region in regions)
         voxels = Voxels(frame.geometry, index, tuple(regions), places)
         maps = {
-            AUXILIARIES[role]: auxiliaries[role].pixels.reshape(-1)[index] * _to_scan_unit(role, self.scan.larmor_hz_per_ppm) for role in self._roles
+            AUXILIARIES[role]: auxiliaries[role].pixels.reshape(-1)[index] * to_scan_unit(role, self.scan.larmor_hz_per_ppm) for role in self._roles
         }
         self._reference.begin(maps, frame.pixels.reshape(-1)[index])
         self._screen.begin(len(index))
@@ -411,6 +414,6 @@ def _usable_roles(scan: Scan, roles: list[str]) -> tuple[list[str], list[str]]:
     return usable, said
 
 
-def _to_scan_unit(role: str, larmor_hz_per_ppm: float) -> float:
+def to_scan_unit(role: str, larmor_hz_per_ppm: float) -> float:
     """Factor from the unit in which a map travels (ms, Hz, relative) to that of the scan (s, ppm, relative)."""
     return {"t1": 1e-3, "t2": 1e-3, "b0": 1 / larmor_hz_per_ppm}.get(role, 1.0)
