@@ -243,7 +243,7 @@ class Client:
     def control(
         self, session_id: str, command: ControlName, repetition: int | None = None, *, command_id: str | None = None
     ) -> str:
-        """The operator's hand: pause, resume, stop, abort, exclude (an image), advice. Returns the command's id."""
+        """The operator's hand: pause, resume, stop, abort, exclude (an image), advice, confirm (a stop). Returns the command's id."""
         name = command_id or uuid.uuid4().hex
         self.ask(Control(session_id=session_id, command_id=name, command=command, repetition=repetition), Done)
         return name
