@@ -80,7 +80,7 @@ def test_the_closed_form_is_exact_wherever_it_says_so():
     pulses = some[::-1] * between(-2, 1.3) * 267.5, 2 * np.pi * rng.uniform(-5000, 5000, (n, 1)), between(-2, 0.7)
     error, trusted = jax.jit(jax.vmap(compare))(tissue, *pulses)
     assert np.mean(trusted) > 0.6
-    assert np.max(error[trusted]) < 1e-9
+    assert np.max(error[trusted]) < 3e-9  # 2e-9 of the closed form, 1e-10 of fifteen doublings
 
 
 def play(tissue, rows):
@@ -192,33 +192,38 @@ def test_spreading_over_cores_changes_nothing(n_cores):
 VALUES = np.array([1.4, 0.08, 2e-3, 120.0, 0.02, 1190.0, 15.0, 0.95, 3e-6, 1210.0, 0.5, 0.8])
 
 
-@pytest.mark.parametrize(
-    ("train", "backwards"), [(Train(), False), (Train(n_pulses=2, duty_cycle=0.5, spin_lock=True), True)], ids=["cw", "spin-lock"]
-)
-def test_derivatives_are_finite_differences(train, backwards):
-    # forwards for continuous waves: backwards it takes half a minute to compile
+def by_closed_form(tissue, block):
+    """Continuous wave; the branch that it is not trusted in is that of any other train."""
+    (pool,) = tissue.pools
+    x = two_pool.scaled(tissue, GAMMA * block.b1 * tissue.b1, 2 * np.pi * block.offset_hz, 3 * block.t_sat)
+    return two_pool.longitudinal(x, (3 * block.t_sat / tissue.t1, 3 * block.t_sat * pool.f / pool.t1))[0]
+
+
+def by_spin_lock(tissue, block):
+    return signal.saturation_map(tissue, block, Train(n_pulses=2, duty_cycle=0.5, spin_lock=True))
+
+
+@pytest.mark.parametrize("played", [by_closed_form, by_spin_lock])
+def test_derivatives_are_finite_differences(played):
     def water(values):
         t1, t2, f, k, pool_t2, pool_offset, b0, b1, *pulse = values
         tissue = Tissue(t1, t2, (Pool(f, k, t1, pool_t2, pool_offset),), b0, b1)
-        t_sat = pulse[2] if train.n_pulses > 1 else 3 * pulse[2]
-        block = Saturation(pulse[0], pulse[1], t_sat, pulse[3])
-        return signal.saturation_map(tissue, block, train)(0.5 * signal.equilibrium(tissue))[0]
+        return played(tissue, Saturation(*pulse))(0.5 * signal.equilibrium(tissue))[0]
 
     run = jax.jit(water)
     step = 1e-5 * VALUES
-    slopes = jax.jit(jax.grad(water) if backwards else jax.jacfwd(water))(VALUES)
+    slopes = jax.jit(jax.grad(water))(VALUES)
     differences = np.array([(run(VALUES + h) - run(VALUES - h)) / (2 * h.sum()) for h in np.diag(step)])
     scaled = lambda slope: np.asarray(slope) * VALUES  # noqa: E731
     # central differences: 1e-10 of truncation per unit curvature, 1e-12 / 1e-5 of rounding; frequencies bend most
     np.testing.assert_allclose(scaled(slopes), scaled(differences), rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("offset_hz", [0.0, 1200.0])
-def test_derivatives_of_the_closed_form_are_finite_where_nothing_is_played(offset_hz):
+def test_derivatives_of_the_closed_form_are_finite_on_resonance_where_nothing_is_played():
     def water(w1, f):
         tissue = make_tissue((1,))
         tissue = Tissue(tissue.t1, tissue.t2, (eqx.tree_at(lambda pool: pool.f, tissue.pools[0], f[None]),), 0.0, 1.0)
-        return two_pool.longitudinal(two_pool.scaled(tissue, w1, 2 * np.pi * offset_hz, 3.0), (1.0, f))[0].shift[0, 0]
+        return two_pool.longitudinal(two_pool.scaled(tissue, w1, 0.0, 3.0), (1.0, f))[0].shift[0, 0]
 
     slopes = jax.jit(jax.grad(water, argnums=(0, 1)))(jnp.asarray(0.0), jnp.asarray(1e-3))
     assert np.isfinite(slopes).all()
