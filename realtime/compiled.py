@@ -10,6 +10,7 @@ import jax
 from scansteer.core.errors import InputError
 
 _MAX_BYTES = 2**30
+"""A scan takes a few MB; beyond this all is compiled anew (JAX's own bound would need another library)."""
 
 
 def keep_compiled(folder: Path) -> None:
@@ -25,9 +26,9 @@ def keep_compiled(folder: Path) -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _make_private(folder)
+        _empty_if_large(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
 
 
 def _make_private(folder: Path) -> None:
@@ -36,3 +37,10 @@ def _make_private(folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise InputError(f"Cannot use data folder {folder.parent}: {error.strerror}.") from error
+
+
+def _empty_if_large(folder: Path) -> None:
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if sum(path.stat().st_size for path in files) > _MAX_BYTES:
+        for path in files:
+            path.unlink(missing_ok=True)
