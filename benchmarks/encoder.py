@@ -16,13 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from scansteer.core import encoder as encoders
-from scansteer.core import gaussian_region, voxel_columns
+from scansteer.core import gaussian_region
 from scansteer.core.likelihood import Noise
-from scansteer.core.noise import NoiseEstimate
-from scansteer.protocols import forward
-from scansteer.protocols.scan import bounds, load
-from scansteer.realtime import encoder_file
-from scansteer.realtime.encoded import BLOCK, Volume, answer, map_error
+from scansteer.protocols.scan import load
+from scansteer.realtime import bench, encoder_file
+from scansteer.realtime.encoded import BLOCK, answer
 
 
 def main(name: str = "mt-mouse-7T-30", n_voxels: int = 169_000) -> None:
@@ -31,34 +29,12 @@ def main(name: str = "mt-mouse-7T-30", n_voxels: int = 169_000) -> None:
     trained = encoder_file.shipped(scan)
     if trained is None:
         raise SystemExit(f"no encoder is shipped for {name}")
-    axes = (*forward.chain_axes(scan), *forward.tissue_axes(scan))
-    lower, upper = bounds(scan.readout.offset)
-    columns = voxel_columns.make(axes, trained.mapped, (0.5 * (lower + upper), (upper - lower) / 12**0.5))
-    started = time.perf_counter()
-    volume = Volume(trained.encoder, columns, scan.noise.discrepancy)
     print(f"{name}: {sum(trained.encoder.basis.ranks)} functions, {len(jax.devices())} {jax.devices()[0].platform} device(s), jax {jax.__version__}")
-    print(f"compile {time.perf_counter() - started:.1f} s")
-    rng = np.random.default_rng(0)
-    spans = {axis.name: axis for axis in axes}
-    maps = {each: rng.uniform(spans[each].lower, spans[each].upper, n_voxels) for each in trained.mapped}
-    volume.begin(voxel_columns.of_voxels(columns, maps, {each: map_error(scan, each, values) for each, values in maps.items()}), n_voxels)
-    nodes = int(np.prod([axis.n_nodes for axis in axes], dtype=int)) + 1
-    for _ in range(4):
-        expected, signal = rng.uniform(0.4, 0.8, (nodes, 400)), rng.uniform(400.0, 800.0, n_voxels)
-        rate = matrix_rate()
-        started = time.perf_counter()
-        volume.absorb(expected, signal, NoiseEstimate(10.0, 100.0))
-        print(f"update and summary of {n_voxels} voxels {time.perf_counter() - started:.2f} s; 4096x256x256 at {rate:.0f} GFLOP/s")
-    parts(trained.encoder, scan.noise.discrepancy, bool(trained.mapped), n_voxels, rng)
-    volume.close()
-
-
-def matrix_rate() -> float:
-    """GFLOP/s of a float32 product of 4096x256 by 256x256."""
-    a, b = jnp.ones((4096, 256), jnp.float32), jnp.ones((256, 256), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    seconds = best(lambda: product(a, b))
-    return 2 * 4096 * 256 * 256 / seconds / 1e9
+    rate = bench.matmul_gflops()
+    for seconds in bench.volume_times_s(scan, trained, n_voxels):
+        print(f"update and summary of {n_voxels} voxels {seconds:.2f} s; 4096x256x256 at {rate:.0f} GFLOP/s before")
+    print(f"4096x256x256 at {bench.matmul_gflops():.0f} GFLOP/s after")
+    parts(trained.encoder, scan.noise.discrepancy, bool(trained.mapped), n_voxels, np.random.default_rng(0))
 
 
 def parts(encoder: encoders.Encoder, discrepancy: float, mapped: bool, n_voxels: int, rng: np.random.Generator) -> None:

@@ -86,6 +86,7 @@ class Volume:
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-encoder")
         self._step = eqx.filter_jit(_step, donate="all-except-first")
         self._evaluate = eqx.filter_jit(_evaluate)
+        self._draw = eqx.filter_jit(agreement.posterior_draw)
         self._n_voxels = 0
         self._weights: list[jax.Array] = []
         self._states: list[State] = []
@@ -133,6 +134,15 @@ class Volume:
             parts.append(np.sqrt(np.asarray(residual) / np.maximum(np.asarray(state.energy), 1e-30)))
         return np.concatenate(parts)[: self._n_voxels]
 
+    def draw(self, key: jax.Array, posterior: Gaussian) -> Float[np.ndarray, "voxel 2"]:
+        """One random (f, k) per voxel from the posteriors that `absorb` gave."""
+        parts = []
+        for index in range(len(self._states)):
+            rows = np.minimum(np.arange(index * self._block, (index + 1) * self._block), self._n_voxels - 1)
+            block = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), posterior)
+            parts.append(np.asarray(self._draw(jax.random.fold_in(key, index), block, self.encoder.coordinate)))
+        return np.concatenate(parts)[: self._n_voxels]
+
     def close(self) -> None:
         self._pool.shutdown(wait=False)
 
@@ -141,10 +151,9 @@ class Volume:
         voxels = 2 if self.columns.mapped else 1
         self.begin(np.full((1 + len(self.columns.mapped), voxels, n), 1 / n), 2)
         nodes = int(np.prod([axis.n_nodes for axis in self.columns.axes], dtype=int))
+        made_up = np.full((nodes + 1, self.encoder.basis.functions.shape[1]), 0.5), np.full(2, 0.5), NoiseEstimate(0.01, 10.0)
         for _ in range(2):
-            self.absorb(
-                np.full((nodes + 1, self.encoder.basis.functions.shape[1]), 0.5), np.full(2, 0.5), NoiseEstimate(0.01, 10.0)
-            )
+            self.draw(jax.random.PRNGKey(0), self.absorb(*made_up).posterior)
         self.begin(np.full((1, 1, n), 1.0), 0)
 
 
@@ -176,6 +185,7 @@ class Encoded:
         self._n_images = 0
         self.source: Literal["reference", "encoder"] = "encoder"
         self._sampled: Info | None = None
+        self._posterior: Gaussian | None = None
         self.audit: Audit | None = None
         self.said: str | None = None
         """What happened at the latest image that a person should know."""
@@ -209,6 +219,7 @@ class Encoded:
             self.audit = None
             return self._reference.learn(expected, signal, noise)
         answer = self._volume.absorb(np.asarray(expected), signal, noise)
+        self._posterior = answer.posterior
         if self._history is not None:
             self._history.append((np.asarray(expected), signal, noise))
         self._sampled = self._reference.learn(expected, signal[self._audited], noise)
@@ -216,6 +227,12 @@ class Encoded:
         apart = self._n_images >= FIRST_AUDITED and _disagree(self.audit)
         self.veto = None
         return self._hand_over(answer.info) if apart else answer.info
+
+    def draw(self) -> Float[np.ndarray, "voxel 2"] | None:
+        """One random (f, k) per voxel, seeded by scan and image number; none where the reference answers."""
+        if self.source == "reference" or self._posterior is None:
+            return None
+        return self._volume.draw(self._key(), self._posterior)
 
     def reserve(self, n_voxels: int) -> None:
         """See `Reference.reserve`."""
@@ -250,10 +267,12 @@ class Encoded:
         n = len(self._audited)
         rows = np.minimum(np.arange(N_AUDITED), n - 1)
         ours = jax.tree.map(lambda leaf: jnp.asarray(leaf[self._audited[rows]]), posterior)
-        key = jax.random.fold_in(jax.random.PRNGKey(self._seed), self._n_images)
-        m1, m2 = (np.asarray(each)[:n] for each in self._compare(key, ours, jnp.asarray(self._reference.log_posterior(rows))))
+        m1, m2 = (np.asarray(each)[:n] for each in self._compare(self._key(), ours, jnp.asarray(self._reference.log_posterior(rows))))
         over = max(float(np.mean(m1 > agreement.TOO_FAR)), float(np.mean(m2 > agreement.TOO_FAR)))
         return Audit(n_voxels=n, m1_median=_bounded(np.median(m1)), m2_median=_bounded(np.median(m2)), fraction_over_4=over)
+
+    def _key(self) -> jax.Array:
+        return jax.random.fold_in(jax.random.PRNGKey(self._seed), self._n_images)
 
     def _distances(self, key, ours: Gaussian, log_posterior):
         box = self.prior.box

@@ -69,3 +69,11 @@ def test_an_encoder_that_disagrees_hands_over_to_the_reference(trained):
     engine.absorb(signals[4], NoiseEstimate(20.0, 100.0), MOUSE.schedule[4], first=False)
     assert engine.audit is None
     engine.close()
+
+
+def test_a_random_draw_of_every_voxel_lies_in_its_intervals_as_often_as_they_say(volume):
+    answer = answers(volume, np.arange(150))
+    draws = np.stack([volume.draw(jax.random.PRNGKey(number), answer.posterior) for number in range(20)])
+    summary = answer.info.summary
+    assert draws.shape == (20, 150, 2)
+    assert np.mean((draws >= summary.lower) & (draws <= summary.upper)) == pytest.approx(0.95, abs=0.015)  # 6 000 draws of a parameter or two

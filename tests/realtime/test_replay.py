@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 
 from scansteer.core.errors import InputError
@@ -85,6 +87,9 @@ def test_a_replayed_mouse_is_answered_by_its_encoder_and_audited(tmp_path):
     for decision in decisions:
         assert decision["audit"]["n_voxels"] == encoded.N_AUDITED
         assert max(decision["audit"]["m1_median"], decision["audit"]["m2_median"]) < encoded.MEDIAN_BOUND
+    lower, upper, drawn = (nibabel.load(tmp_path / "maps" / f"fss_{kind}.nii.gz").get_fdata() for kind in ("lower", "upper", "draw"))
+    inside = np.isfinite(lower)
+    assert np.mean((drawn[inside] >= lower[inside]) & (drawn[inside] <= upper[inside])) == pytest.approx(0.95, abs=0.03)  # 1 500 voxels
 
 
 @needs_data
