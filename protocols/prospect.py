@@ -21,13 +21,15 @@ from scansteer.core.nuisance import Measured
 from scansteer.core.predictive import Coarse
 from scansteer.core.signal import LongitudinalMap
 from scansteer.protocols import candidates, forward, limits, tissue_model
-from scansteer.protocols.limits import Played
+from scansteer.protocols.limits import Blocks, Played
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
 
 MOST_AHEAD = 48
 """Images of the schedule's rest that are looked ahead."""
 TIE = 0.1
-"""Candidates whose expected gain is less than this below the best one's are as good as the best: gains come from few draws."""
+"""Candidates whose worth is less than this below the best one's are as good as the best: gains come from few draws."""
+HASTE = 0.5
+"""An image costs its duration to this power: 0 counts images, 1 counts seconds."""
 
 NEGLIGIBLE_CURVATURE = 0.002
 """Fraction of M0: a fraction of the noise of a good scan."""
@@ -117,6 +119,11 @@ class Prospect:
         barred = design.barred(self.quota, candidates.coordinates(self.scan, one), latest)
         return bool(limits.allowed(self.scan.limits, self.scan.train, course.played, one)[0] and not barred[0])
 
+    def cost(self, blocks: Blocks) -> Float[np.ndarray, " block"]:
+        """What playing each block costs: 1 for one that lasts as long as the schedule's blocks do on average."""
+        usual = np.mean([block.duration_s for block in self.scan.schedule])
+        return (blocks.duration_s / usual) ** HASTE
+
     def read_candidates(self, course: Course) -> Float[np.ndarray, "node candidate point"]:
         """What each candidate would read next per unit amplitude, at the coarse nodes and points."""
         return np.asarray(self._predict(self._coarse, course.magnetisation))
@@ -159,18 +166,19 @@ class Prospect:
         return jax.block_until_ready(self._answer(question, candidates_at, rest_at, (ahead < n_scheduled).astype(float)))
 
     def advise(self, course: Course, answer: Answer) -> Advice:
-        """The allowed candidate of the largest expected gain; of those as good, the one with the least RF energy.
+        """The allowed candidate of the largest worth, expected gain over cost; of those as good, the one with the least RF energy.
 
         The less RF, the less the reading depends on B1, offset and the pool model, and the more SAR is left for later. Also in
         simulations an unsaturated image early on pays later, which a gain that looks one image ahead does not see.
         """
         gains = np.where(self.allowed(course), np.asarray(answer.candidates), -np.inf)
         scheduled, remaining = float(answer.scheduled), float(answer.remaining)
-        if not np.isfinite(best := float(np.max(gains))):
+        worth = gains / self.cost(self.candidates)
+        if not np.isfinite(best := float(np.max(worth))):
             return Advice(None, 0.0, scheduled, remaining)
         energy = self.candidates.b1_ut**2 * self.candidates.t_sat_s
-        as_good = np.flatnonzero(gains >= (1 - TIE) * best)
-        chosen = as_good[np.lexsort((-gains[as_good], energy[as_good]))[0]]
+        as_good = np.flatnonzero(worth >= (1 - TIE) * best)
+        chosen = as_good[np.lexsort((-worth[as_good], energy[as_good]))[0]]
         return Advice(self.candidates.block(chosen), float(gains[chosen]), scheduled, remaining)
 
     def _is_described(self) -> Bool[np.ndarray, " candidate"]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from scansteer.core import lack_of_fit, stopping
+from scansteer.core import lack_of_fit, prediction, stopping
 from scansteer.core.grid_posterior import Info
+from scansteer.core.lack_of_fit import Record
 from scansteer.core.noise import NoiseEstimate
+from scansteer.core.prediction import Prediction
 from scansteer.protocols.prospect import Advice, Course, Prospect
 from scansteer.protocols.scan import SaturationBlock, Scan
 from scansteer.simulators.follower import Followed, Follower
@@ -48,24 +50,34 @@ class Trace:
         return np.abs(self.estimate - self.truth) / self.truth
 
 
-Choose = Callable[[int, Course, Followed, Info], Advice | None]
-"""What to play as image n (0-based) given all that is known; none: the approved schedule."""
-
-
-def fixed(_number: int, _course: Course, _followed: Followed, _info: Info) -> None:
+class Fixed:
     """Never anything but the approved schedule."""
-    return
+
+    def foresee(self, _course: Course, _block: SaturationBlock) -> Prediction | None:
+        """Nothing is predicted."""
+        return None
+
+    def advise(self, _number: int, _course: Course, _followed: Followed, _info: Info) -> Advice | None:
+        """No advice."""
+        return None
 
 
-def adaptive(follower: Follower, prospect: Prospect, scene: Scene) -> Choose:
+class Adaptive:
     """What the prospect advises."""
-    noise = _measured_noise(scene)
 
-    def choose(number: int, course: Course, followed: Followed, info: Info) -> Advice:
-        question, rows = follower.question(followed, info, prospect, noise)
-        return prospect.advise(course, prospect.answer(course, question, rows, number))
+    def __init__(self, follower: Follower, prospect: Prospect, scene: Scene) -> None:
+        self._follower, self._prospect, self._noise = follower, prospect, _measured_noise(scene)
+        self._foresee: Callable[[Course, SaturationBlock], Prediction] | None = None
 
-    return choose
+    def foresee(self, course: Course, block: SaturationBlock) -> Prediction | None:
+        """What the next image should read; none before the first."""
+        return None if self._foresee is None else self._foresee(course, block)
+
+    def advise(self, number: int, course: Course, followed: Followed, info: Info) -> Advice:
+        """What to play as image `number` (0-based) given all that is known."""
+        question, rows, mean_weights = self._follower.question(followed, info, self._prospect, self._noise)
+        self._foresee = lambda course, block: self._follower.foresee(self._prospect.read(course, block), question, rows, mean_weights)
+        return self._prospect.advise(course, self._prospect.answer(course, question, rows, number))
 
 
 def run(
@@ -73,7 +85,7 @@ def run(
     follower: Follower,
     prospect: Prospect,
     schedule: Sequence[SaturationBlock],
-    choose: Choose,
+    choice: Fixed | Adaptive,
     *,
     until_stop: bool = False,
 ) -> Trace:
@@ -83,7 +95,7 @@ def run(
     ----------
     schedule
         The approved one; its first block is always played.
-    choose
+    choice
         Replaces blocks of it.
     until_stop
         End where all voxels may stop, by the scan's own rule; otherwise go on to the schedule's end.
@@ -91,15 +103,17 @@ def run(
     scanner, course = Scanner(scene), prospect.begin()
     followed = follower.begin(dict(scene.maps), scene.n_voxels)
     noise = _measured_noise(scene)
-    rule, state = rule_of(scene.described), stopping.init()
+    rule, state, record = rule_of(scene.described), stopping.init(), lack_of_fit.init()
     truth, images, block = scene.truth, [], schedule[0]
     infos, places, blocks, advices, vetoes = [], [], [], [], []
     for number in range(len(schedule)):
         images.append(scanner.play(block))
+        if (foreseen := choice.foresee(course, block)) is not None:
+            record = lack_of_fit.update(record, prediction.surprise(foreseen, images[-1]))
         followed, info = follower.absorb(followed, block, images[-1], noise)
         course = prospect.play(course, block)
-        advice = choose(number + 1, course, followed, info)
-        fit = _fit(info, np.stack(images), noise, scene.described)
+        advice = choice.advise(number + 1, course, followed, info)
+        fit = _fit(info, np.stack(images), noise, scene.described, record)
         remaining = np.inf if advice is None else advice.remaining_gain
         state, verdict = stopping.update(rule, state, number + 1, [_region(rule, info)], None if fit.passed else "lack of fit", remaining)
         infos.append(info.summary)
@@ -145,6 +159,6 @@ def _region(rule: stopping.Rule, info: Info) -> stopping.Region:
     return stopping.Region("scene", float(np.mean(converged)), float(len(converged)))
 
 
-def _fit(info: Info, images: Float[np.ndarray, "image voxel"], noise: NoiseEstimate, scan: Scan) -> lack_of_fit.Check:
+def _fit(info: Info, images: Float[np.ndarray, "image voxel"], noise: NoiseEstimate, scan: Scan, record: Record) -> lack_of_fit.Check:
     residual = info.nrmse.astype(float) ** 2 * np.sum(images**2, axis=0)
-    return lack_of_fit.check(residual, info.amplitude, noise.sigma, scan.noise.discrepancy, len(images))
+    return lack_of_fit.check(residual, info.amplitude, noise.sigma, scan.noise.discrepancy, len(images), record)

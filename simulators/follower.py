@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scansteer.core import design, dictionary, grid_posterior, lattice, likelihood, nuisance, predictive, region
+from scansteer.core import design, dictionary, grid_posterior, lattice, likelihood, nuisance, prediction, predictive, region
 from scansteer.core.design import Question
 from scansteer.core.dictionary import Magnetisation
 from scansteer.core.grid_posterior import Info, LogPosterior, Prior
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.nuisance import Measured
+from scansteer.core.prediction import Prediction
 from scansteer.core.region import Summary
 from scansteer.core.signal import LongitudinalMap
 from scansteer.protocols import forward, tissue_model
@@ -72,7 +73,7 @@ class Follower:
         self._reading = jax.jit(dictionary.reading)(self._forward)
         self._block_map = jax.jit(dictionary.block_map)
         self._start = jax.jit(dictionary.start)(self._forward)
-        self._play, self._step, self._place = jax.jit(_play), jax.jit(_step), jax.jit(_place)
+        self._play, self._step, self._place, self._foresee = jax.jit(_play), jax.jit(_step), jax.jit(_place), jax.jit(_foresee)
         self._maps: dict[SaturationBlock, LongitudinalMap] = {}
         lower, upper = bounds(scan.readout.offset)
         self._offset = (0.5 * (lower + upper), (upper - lower) / math.sqrt(12))
@@ -105,8 +106,8 @@ class Follower:
         sums = tuple(sums for sums, _, _ in steps)
         return replace(followed, state=state, sums=sums, n_images=followed.n_images + 1, log_posterior=log_posterior), info
 
-    def question(self, followed: Followed, info: Info, prospect: Prospect, noise: NoiseEstimate) -> tuple[Question, Rows]:
-        """What the prospect is asked: all voxels count the same."""
+    def question(self, followed: Followed, info: Info, prospect: Prospect, noise: NoiseEstimate) -> tuple[Question, Rows, np.ndarray]:
+        """What the prospect is asked, all voxels counting the same; and by which weights the draws make up the posterior's mean."""
         summary, box = info.summary, self.prior.box
         seed = design.seed_of(self.scan.name, followed.n_images - 1)
         assert followed.log_posterior is not None
@@ -129,7 +130,12 @@ class Follower:
             dof=jnp.asarray(float(noise.dof)),
             discrepancy=jnp.asarray(self.scan.noise.discrepancy**2),
         )
-        return question, design.rows(drawn.cells, box.n_points)
+        return question, design.rows(drawn.cells, box.n_points), prediction.mean_weights(drawn, summary.mean, box)
+
+    def foresee(self, signals: Float[np.ndarray, "node 1 point"], question: Question, rows: Rows, mean_weights: np.ndarray) -> Prediction:
+        """What an image should read, whose signals the prospect gives (`Prospect.read`)."""
+        mean, variance = self._foresee(signals, question, rows, mean_weights)
+        return Prediction(np.asarray(mean, float), np.sqrt(np.asarray(variance, float)))
 
     def place(self, followed: Followed, info: Info, truth: Float[np.ndarray, "voxel 2"]) -> Place:
         """Where truths lie."""
@@ -163,6 +169,10 @@ def _play(model, reading, state, block, place):
 def _step(sums: Sums, weights, expected, signal, noise: Noise, prior: Prior) -> tuple[Sums, Info, LogPosterior]:
     sums = likelihood.update(sums, grid_posterior.expected_columns(weights, expected, prior.box), signal)
     return sums, *grid_posterior.infer(sums, noise, prior)
+
+
+def _foresee(signals, question: Question, rows: Rows, mean_weights):
+    return prediction.predict(question, predictive.at_draws(signals, rows), mean_weights)
 
 
 def _place(summary: Summary, log_posterior: LogPosterior, truth: Float[Array, "voxel 2"], prior: Prior) -> tuple[Array, Array]:

@@ -1,9 +1,9 @@
 """Fixed schedules to compare with: as published, random, and optimised beforehand.
 
-An optimised schedule is Bayesian D-optimal: it minimises the log area of the confidence region, expected over draws of (f, k) and mean over its
-first images, with the same candidates, limits, quota and nuisances as the adaptive choice. Per draw the images so far are a Fisher information of
-(f, k), log amplitude and the nuisances' coefficients (whose priors have variance 1); the area is that of (f, k) with the others marginalised.
-Greedy from image to image, then improved by exchanges; the best of several random starts.
+An optimised schedule is Bayesian D-optimal: it minimises the log area of the confidence region, expected over draws of (f, k) and averaged
+over the course of the scan, with the same candidates, costs, limits, quota and nuisances as the adaptive choice. Per draw the images so
+far are a Fisher information of (f, k), log amplitude and the nuisances' coefficients (whose priors have variance 1); the area is that of
+(f, k) with the others marginalised. Greedy from image to image, then improved by exchanges; the best of several random starts.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from jaxtyping import Float
 
 from scansteer.core import lattice, predictive
 from scansteer.protocols import limits
-from scansteer.protocols.prospect import Course, Prospect
+from scansteer.protocols.prospect import Prospect
 from scansteer.protocols.scan import SaturationBlock, Scan
 
 N_RESTARTS = 10
+MOST_IMAGES = 64
 N_EXCHANGES = 60
 """Exchanges tried per start."""
-HORIZON = 16
-"""Images over which the area is optimised."""
+HORIZON = 16.0
+"""Cost (`Prospect.cost`) over which the area is optimised: images of the approved schedule's usual length."""
 
 
 def unsaturated(scan: Scan) -> SaturationBlock:
@@ -38,10 +39,12 @@ def published(scan: Scan) -> list[SaturationBlock]:
 
 def random(prospect: Prospect, n_images: int, rng: np.random.Generator) -> list[SaturationBlock]:
     """An unsaturated image, then candidates at random, within limits and quota."""
-    course = prospect.play(prospect.begin(), unsaturated(prospect.scan))
-    while len(course.played) < n_images:
-        course = prospect.play(course, prospect.candidates.block(int(rng.choice(np.flatnonzero(prospect.allowed(course))))))
-    return course.blocks
+    schedule = [unsaturated(prospect.scan)]
+    course = prospect.play(prospect.begin(), schedule[0])
+    while len(schedule) < n_images:
+        schedule.append(prospect.candidates.block(int(rng.choice(np.flatnonzero(prospect.allowed(course))))))
+        course = prospect.play(course, schedule[-1])
+    return schedule
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,13 @@ def optimise(
     best: tuple[float, list[SaturationBlock]] = (np.inf, [])
     for restart in range(n_restarts):
         first = [] if restart == 0 else random(prospect, 1 + int(rng.integers(1, 4)), rng)[int(rng.integers(0, 2)) :]
-        schedule = _greedy(prospect, draws, first, HORIZON)
+        schedule = _greedy(prospect, draws, first, cost=HORIZON)
         value, schedule = _exchanged(prospect, draws, schedule, rng)
         if value < best[0]:
             best = value, schedule
         if progress is not None:
             progress()
-    return _greedy(prospect, draws, best[1], n_images)
+    return _greedy(prospect, draws, best[1], n_images=n_images)
 
 
 def expected_log_areas(prospect: Prospect, draws: Draws, schedule: Sequence[SaturationBlock]) -> Float[np.ndarray, " image"]:
@@ -105,24 +108,28 @@ def expected_log_areas(prospect: Prospect, draws: Draws, schedule: Sequence[Satu
     return np.array(areas)
 
 
-def _greedy(prospect: Prospect, draws: Draws, first: Sequence[SaturationBlock], n_images: int) -> list[SaturationBlock]:
-    """Given first images, then at each image the candidate that is expected to take most off the log area."""
-    course, information = prospect.begin(), _prior(draws)
-    for number in range(n_images):
-        if number < len(first):
-            block = first[number]
+def _greedy(
+    prospect: Prospect, draws: Draws, first: Sequence[SaturationBlock], *, n_images: int = MOST_IMAGES, cost: float = np.inf
+) -> list[SaturationBlock]:
+    """Given first images, then at each image the candidate that takes most off the expected log area for its cost; to either end."""
+    course, information, costs = prospect.begin(), _prior(draws), prospect.cost(prospect.candidates)
+    schedule: list[SaturationBlock] = []
+    while len(schedule) < n_images and _cost(prospect, schedule) < cost:
+        if len(schedule) < len(first):
+            block = first[len(schedule)]
         else:
-            gains = _gains(_columns(prospect.read_candidates(course), draws), information)
-            block = prospect.candidates.block(int(np.argmax(np.where(prospect.allowed(course), gains, -np.inf))))
+            worth = _gains(_columns(prospect.read_candidates(course), draws), information) / costs
+            block = prospect.candidates.block(int(np.argmax(np.where(prospect.allowed(course), worth, -np.inf))))
         x = _columns(prospect.read(course, block), draws)[:, 0]
         information = information + x[:, :, None] * x[:, None, :]
         course = prospect.play(course, block)
-    return course.blocks
+        schedule.append(block)
+    return schedule
 
 
 def _exchanged(prospect: Prospect, draws: Draws, schedule: list[SaturationBlock], rng: np.random.Generator) -> tuple[float, list[SaturationBlock]]:
     """Replace one image, or let two change places, wherever that helps and limits and quota allow it."""
-    value = float(np.mean(expected_log_areas(prospect, draws, schedule)))
+    value = _objective(prospect, draws, schedule)
     for _ in range(N_EXCHANGES):
         tried, place = list(schedule), int(rng.integers(len(schedule)))
         if rng.random() < 0.3:
@@ -132,15 +139,29 @@ def _exchanged(prospect: Prospect, draws: Draws, schedule: list[SaturationBlock]
             tried[place] = prospect.candidates.block(int(rng.integers(len(prospect.candidates))))
         if not _keeps_limits(prospect, tried):
             continue
-        new = float(np.mean(expected_log_areas(prospect, draws, tried)))
+        new = _objective(prospect, draws, tried)
         if new < value:
             value, schedule = new, tried
     return value, schedule
 
 
+def _objective(prospect: Prospect, draws: Draws, schedule: Sequence[SaturationBlock]) -> float:
+    """Expected log area, averaged over the horizon: an image's takes effect when its cost is paid."""
+    before = np.concatenate([[_log_area(_prior(draws))], expected_log_areas(prospect, draws, schedule)])
+    paid = np.concatenate([[0.0], np.cumsum(prospect.cost(limits.blocks(schedule)))])
+    lasts = np.diff(np.minimum(np.append(paid, np.inf), HORIZON))
+    return float(before @ lasts / HORIZON)
+
+
+def _cost(prospect: Prospect, schedule: Sequence[SaturationBlock]) -> float:
+    return float(np.sum(prospect.cost(limits.blocks(schedule))))
+
+
 def _keeps_limits(prospect: Prospect, schedule: Sequence[SaturationBlock]) -> bool:
-    played = limits.back_to_back(schedule)
-    return all(prospect.may_follow(Course(prospect.begin().magnetisation, tuple(played[:n])), block) for n, block in enumerate(schedule))
+    begun = prospect.begin()
+    played = limits.back_to_back((*begun.blocks, *schedule))
+    dummies = len(begun.played)
+    return all(prospect.may_follow(begun._replace(played=tuple(played[: dummies + n])), block) for n, block in enumerate(schedule))
 
 
 def _along(shares: Float[np.ndarray, " draw"]) -> tuple[np.ndarray, np.ndarray]:

@@ -93,8 +93,8 @@ def _compare(study: Study, repeats: int, n_restarts: int, pool: ThreadPoolExecut
     def one(name: str, number: int) -> Trace:
         scene = world.digital(study.scan, N_VOXELS, (study.seed, number))
         schedule = make[name](scene, np.random.default_rng((study.seed, number, 3)))
-        choose = closed_loop.adaptive(study.follower, study.prospect, scene) if name == "adaptive" else closed_loop.fixed
-        return closed_loop.run(scene, study.follower, study.prospect, schedule, choose)
+        choice = closed_loop.Adaptive(study.follower, study.prospect, scene) if name == "adaptive" else closed_loop.Fixed()
+        return closed_loop.run(scene, study.follower, study.prospect, schedule, choice)
 
     return {name: _all(partial(one, name), range(repeats), f"phantoms, {name}", pool, progress) for name in make}
 
@@ -128,8 +128,8 @@ def _loops(study: Study, name: str, repeats: int, pool: ThreadPoolExecutor, prog
 
     def one(number: int) -> Trace:
         scene = world.WORLDS[name](world.single(study.scan, (study.seed, 20_000 + number)))
-        choose = closed_loop.adaptive(study.follower, study.prospect, scene)
-        return closed_loop.run(scene, study.follower, study.prospect, schedules.published(study.scan), choose, until_stop=True)
+        choice = closed_loop.Adaptive(study.follower, study.prospect, scene)
+        return closed_loop.run(scene, study.follower, study.prospect, schedules.published(study.scan), choice, until_stop=True)
 
     return _all(one, range(repeats), f"world: {name}", pool, progress)
 

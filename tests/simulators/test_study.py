@@ -1,0 +1,149 @@
+"""A closed-loop study in the small: the whole of it runs, and its parts do what the figures rest on."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from scansteer.core.noise import NoiseEstimate
+from scansteer.core.region import ANYTIME_LEVEL
+from scansteer.protocols import limits
+from scansteer.protocols.larg_phantom import PUBLISHED
+from scansteer.protocols.prospect import Prospect
+from scansteer.protocols.scan import Auxiliary
+from scansteer.simulators import closed_loop, schedules, study, world
+from scansteer.simulators.closed_loop import Trace
+from scansteer.simulators.follower import Follower
+
+SCAN = PUBLISHED.model_copy(
+    update={"auxiliaries": {**PUBLISHED.auxiliaries, "t2_s": Auxiliary(lower=0.8, upper=0.8)}, "schedule": PUBLISHED.schedule[8:16]}
+)
+
+
+@pytest.fixture(scope="module")
+def prospect():
+    return Prospect(SCAN)
+
+
+@pytest.fixture(scope="module")
+def follower():
+    return Follower(SCAN, ())
+
+
+@pytest.mark.long
+def test_a_study_compares_schedules_and_worlds(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedules, "N_EXCHANGES", 1)
+    monkeypatch.setattr(schedules, "HORIZON", 4.0)
+    monkeypatch.setattr(study, "N_RESTARTS_ORACLE", 1)
+    study.run_study(SCAN, 1, tmp_path / "study.json", worlds=("as described",), n_restarts=1)
+    result = json.loads((tmp_path / "study.json").read_text())
+    assert set(result["schedules"]) == {"published", "random", "optimised", "adaptive", "oracle"}
+    for each in result["schedules"].values():
+        assert 1 <= each["images_to_target"] <= len(SCAN.schedule) + 1
+        assert each["f_error"] >= 0 <= each["k_error"]
+    assert result["schedules"]["published"]["reached"] == 1
+    assert set(result["worlds"]) == {"as described"}
+    assert result["worlds"]["as described"]["runs"] == 1
+    assert 0 <= result["anytime_ever_miss"] <= 1
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def a_trace(areas, errors, stopped_at=None, credibility=0.5, vetoed=False):
+    """Of one voxel with a truth of (1, 1), image by image."""
+    n = len(areas)
+    return Trace(
+        blocks=[SCAN.schedule[0]] * n,
+        area=np.array(areas, float)[:, None],
+        estimate=1 + np.array(errors, float)[:, None, None] * np.ones((1, 1, 2)),
+        inside=np.ones((n, 1, 2), bool),
+        credibility=np.full((n, 1), credibility),
+        log_ratio=np.zeros((n, 1)),
+        advice=[None] * n,
+        vetoed=[vetoed] * n,
+        stopped_at=stopped_at,
+        truth=np.ones((1, 2)),
+    )
+
+
+def test_images_to_target_are_counted_from_one_and_are_all_where_it_is_never_reached():
+    trace = a_trace([8, 4, 2, 1], [0.4, 0.3, 0.2, 0.1])
+    assert study._reached(trace, 3.0) == study.Reached(3, 12.0, (pytest.approx(0.2), pytest.approx(0.2)), True)
+    assert study._reached(trace, 0.5) == study.Reached(4, 16.0, (pytest.approx(0.1), pytest.approx(0.1)), False)
+
+
+def test_ratios_compare_like_with_like():
+    """Adaptive needs half of what optimised does on every phantom: then so says every bootstrap sample."""
+    few, many = ([study.Reached(n, 4.0 * n, (0, 0), True) for n in counts] for counts in ((2, 4, 8), (4, 8, 16)))
+    assert study._ratio({"adaptive": few, "optimised": many}, "images", 0) == {"ratio": 0.5, "upper_95": 0.5}
+
+
+def test_a_world_is_judged_by_what_lies_outside_when_it_stops():
+    traces = [a_trace([1] * 4, [0] * 4, stopped_at=3), a_trace([1] * 4, [0] * 4, stopped_at=4, credibility=0.99), a_trace([1] * 4, [0] * 4)]
+    judged = study._of_world([*traces, a_trace([1] * 4, [0] * 4, vetoed=True)], 10)
+    assert judged["stopped"] == 0.5
+    assert judged["coverage_at_stop"] == 0.5
+    assert judged["stopped_with_truth_outside"] == 0.25
+    assert judged["vetoed"] == 0.25
+    assert judged["images_at_stop"] == 3.5
+    assert study._of_world([traces[2]], 10)["coverage_at_stop"] is None
+
+
+def test_what_the_scanner_reads_is_what_the_follower_expects(follower):
+    """Without noise, and with the nuisance at its centre, the posterior gathers about the truth."""
+    scene = world.digital(SCAN, 1, (3, 1))
+    scene = world.replace(scene, values={**scene.values, "t1_s": np.array([SCAN.auxiliaries["t1_s"].centre])}, sigma=1e-9)
+    noise, scanner, followed = NoiseEstimate(world.NOISE * world.BRIGHTEST, 200), world.Scanner(scene), follower.begin({}, 1)
+    for block in [schedules.unsaturated(SCAN), *SCAN.schedule]:
+        followed, info = follower.absorb(followed, block, scanner.play(block), noise)
+    half = (info.summary.upper - info.summary.lower) / 2
+    assert np.all(np.abs(info.summary.map - scene.truth) < 0.25 * half)
+    place = follower.place(followed, info, scene.truth)
+    assert place.credibility[0] < 0.2
+    assert place.log_ratio[0] > np.log(ANYTIME_LEVEL)
+
+
+def test_a_place_far_from_the_posterior_lies_outside_of_all_regions(follower):
+    scene = world.digital(SCAN, 1, (3, 2))
+    noise, scanner, followed = NoiseEstimate(scene.sigma, 200), world.Scanner(scene), follower.begin({}, 1)
+    for block in [schedules.unsaturated(SCAN), *SCAN.schedule]:
+        followed, info = follower.absorb(followed, block, scanner.play(block), noise)
+    summary = info.summary
+    off = summary.mean + 4 * np.sqrt(np.stack([summary.covariance[:, 0, 0], summary.covariance[:, 1, 1]], axis=1))
+    place = follower.place(followed, info, off)
+    assert place.credibility[0] > 0.99
+    assert place.log_ratio[0] < np.log(ANYTIME_LEVEL)
+
+
+def test_optimised_schedules_beat_random_ones_and_keep_limits_and_quota(prospect):
+    draws = schedules.draws_at(prospect, np.random.default_rng(0).uniform(0.2, 0.8, (8, 2)), world.NOISE)
+    made = schedules.optimise(prospect, draws, 8, np.random.default_rng(1), n_restarts=1)
+    others = [schedules.random(prospect, 8, np.random.default_rng(seed)) for seed in range(3)]
+    ours, *theirs = (schedules._objective(prospect, draws, schedule) for schedule in (made, *others))
+    assert ours < min(theirs) - 0.5
+    for schedule in (made, *others):
+        assert len(schedule) == 8
+        assert limits.check_schedule(SCAN.model_copy(update={"schedule": tuple(schedule)})) == []
+        assert schedules._keeps_limits(prospect, schedule)
+
+
+def test_a_loop_stops_where_its_voxel_has_converged_and_suggests_until_then(prospect, follower):
+    scene = world.digital(SCAN, 1, (3, 3))
+    approved = schedules.published(SCAN)
+    trace = closed_loop.run(scene, follower, prospect, approved, closed_loop.Adaptive(follower, prospect, scene), until_stop=True)
+    assert trace.stopped_at == len(trace.blocks) < len(approved)
+    assert all(advice.block is not None for advice in trace.advice)
+    assert trace.blocks[0] == approved[0]
+    assert trace.blocks[1:] == [advice.block for advice in trace.advice[:-1]]
+    assert trace.ends_s[-1] == pytest.approx(sum(block.duration_s for block in trace.blocks))
+
+
+@pytest.mark.parametrize("name", [name for name in world.WORLDS if name != "as described"])
+def test_a_world_that_is_not_as_described_reads_otherwise(name):
+    scene = world.replace(world.single(SCAN, (4, 1)), sigma=0.1)
+    described, other = world.Scanner(scene), world.Scanner(world.WORLDS[name](scene))
+    read = np.array([[scanner.play(block)[0] for block in SCAN.schedule] for scanner in (described, other)])
+    # ten times the noise; after a fully saturated image nothing is left of the first state but what the first image shows
+    least = 10 * scene.sigma if name != "rician noise" else 1e-9
+    assert np.max(np.abs(read[0] - read[1])) > least
