@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from scansteer.core import nuisance
 from scansteer.core.nuisance import Axis
+
+Rows = tuple[Float[Array, "2 voxel node"], ...]
+"""Of each mapped axis, the weights of its nodes for the value and for the slope; NumPy or JAX."""
 
 
 class Columns(NamedTuple):
@@ -74,24 +77,40 @@ def at_mapped_nodes(columns: Columns, signals: Float[np.ndarray, "node x"]) -> F
     return np.concatenate([result, np.full_like(result[:1], sd)]) if sd > 0 else result
 
 
+def rows_of_voxels(
+    columns: Columns,
+    values: Mapping[str, Float[np.ndarray, " voxel"]],
+    errors: Mapping[str, Float[np.ndarray, " voxel"]],
+    held: bool = True,
+) -> Rows:
+    """Along each mapped axis, every voxel's weights of the nodes for its value, and for the slope there times the map's error.
+
+    Values outside an axis's range are held at its ends (or, for simulated tissue a little beyond it, extrapolated). Without maps there are none.
+    """
+    mapped = [axis for axis in columns.axes if axis.name in columns.mapped]
+    return tuple(np.stack(_interpolation(axis, np.asarray(values[axis.name]), np.asarray(errors[axis.name]), held)) for axis in mapped)
+
+
+def weights(rows: Rows, kind: int) -> Float[Array, "voxel mapped_node"]:
+    """Every voxel's weights of the mapped nodes, for its value (kind 0) or for the slope along the mapped axis of that kind.
+
+    Made for a block of voxels when they are needed: six mapped axes have a thousand nodes. Without maps all voxels share one row.
+    """
+    result = np.ones((1, 1), np.float32) if not rows else rows[0][int(kind == 1)]
+    for number, row in enumerate(rows[1:], 2):
+        result = (result[:, :, None] * row[int(kind == number)][:, None, :]).reshape(len(result), -1)
+    return result  # pyright: ignore[reportReturnType] - NumPy in, NumPy out
+
+
 def of_voxels(
     columns: Columns,
     values: Mapping[str, Float[np.ndarray, " voxel"]],
     errors: Mapping[str, Float[np.ndarray, " voxel"]],
     held: bool = True,
 ) -> Float[np.ndarray, "kind voxel mapped_node"]:
-    """Every voxel's weights of the mapped nodes: for its value, then for the slope along each mapped axis times the map's error.
-
-    Values outside an axis's range are held at its ends (or, for simulated tissue a little beyond it, extrapolated). Without maps all
-    voxels share one row (leading voxel axis of 1).
-    """
-    n_voxels = len(next(iter(values.values()))) if columns.mapped else 1
-    mapped = [axis for axis in columns.axes if axis.name in columns.mapped]
-    rows = [_interpolation(axis, np.asarray(values[axis.name]), np.asarray(errors[axis.name]), held) for axis in mapped]
-    result = [_tensor([value for value, _ in rows], n_voxels)]
-    for j in range(len(mapped)):
-        result.append(_tensor([slope if i == j else value for i, (value, slope) in enumerate(rows)], n_voxels))
-    return np.stack(result)
+    """The weights of every kind, for a few voxels."""
+    rows = rows_of_voxels(columns, values, errors, held)
+    return np.stack([weights(rows, kind) for kind in range(1 + len(rows))])
 
 
 def _interpolation(axis: Axis, value: np.ndarray, error: np.ndarray, held: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -105,11 +124,3 @@ def _interpolation(axis: Axis, value: np.ndarray, error: np.ndarray, held: bool)
     span = np.log(axis.upper / axis.lower) * value if axis.logarithmic else np.full_like(value, axis.upper - axis.lower)
     slope = cheb.chebval(x, cheb.chebder(to_coefficients)).T if axis.n_nodes > 1 else np.zeros((len(x), 1))
     return cheb.chebval(x, to_coefficients).T, slope * (2 * error / span)[:, None]
-
-
-def _tensor(factors: Sequence[np.ndarray], n_voxels: int) -> np.ndarray:
-    """Voxel by voxel, the tensor product of (voxel, node) factors, flat."""
-    result = np.ones((n_voxels, 1))
-    for factor in factors:
-        result = (result[:, :, None] * factor[:, None, :]).reshape(n_voxels, -1)
-    return result

@@ -124,7 +124,7 @@ def volume_times_s(scan: Scan, trained: Trained, n_voxels: int, n_images: int = 
     rng, spans = np.random.default_rng(0), {axis.name: axis for axis in axes}
     maps = {name: rng.uniform(spans[name].lower, spans[name].upper, n_voxels) for name in trained.mapped}
     errors = {name: map_error(scan, name, values) for name, values in maps.items()}
-    volume.begin(voxel_columns.of_voxels(columns, maps, errors), n_voxels)
+    volume.begin(voxel_columns.rows_of_voxels(columns, maps, errors), n_voxels)
     nodes = int(np.prod([axis.n_nodes for axis in axes], dtype=int)) + 1
     times = []
     for _ in range(n_images):

@@ -29,7 +29,7 @@ from scansteer.core.grid_posterior import Info, Prior
 from scansteer.core.likelihood import Noise
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.signal_basis import Basis
-from scansteer.core.voxel_columns import Columns
+from scansteer.core.voxel_columns import Columns, Rows
 from scansteer.protocols import forward
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
 from scansteer.realtime.encoder_file import Trained, check, load, shipped
@@ -88,19 +88,16 @@ class Volume:
         self._evaluate = eqx.filter_jit(_evaluate)
         self._draw = eqx.filter_jit(agreement.posterior_draw)
         self._n_voxels = 0
-        self._weights: list[jax.Array] = []
+        self._rows: list[Rows] = []
         self._states: list[State] = []
         self._warm_up()
 
-    def begin(self, weights: Float[np.ndarray, "kind voxel node"], n_voxels: int) -> None:
-        """Fix the voxels: `weights` as `core.voxel_columns.of_voxels` gives them."""
+    def begin(self, rows: Rows, n_voxels: int) -> None:
+        """Fix the voxels: `rows` as `core.voxel_columns.rows_of_voxels` gives them."""
         n_blocks = -(-n_voxels // self._block)
         shared = not self.columns.mapped
         self._n_voxels = n_voxels
-        padded = [
-            np.asarray(weights if shared else _padded(weights, index, self._block), np.float32) for index in range(n_blocks)
-        ]
-        self._weights = [jnp.asarray(each) for each in padded]
+        self._rows = [tuple(jnp.asarray(_padded(row, index, self._block), jnp.float32) for row in rows) for index in range(n_blocks)]
         size = sum(self.encoder.basis.ranks)
         self._states = [encoders.init(self._block, 1 if shared else self._block, size) for _ in range(n_blocks)]
 
@@ -115,7 +112,7 @@ class Volume:
         def one(index: int) -> Answer:
             values = jnp.asarray(_padded(signal[None], index, self._block)[0], jnp.float64)
             known = Noise(jnp.asarray(now[0]), jnp.asarray(now[1]), self._discrepancy)
-            fixed = (self.encoder, self._plan, self._weights[index], at_nodes, known)
+            fixed = (self.encoder, self._plan, self._rows[index], at_nodes, known)
             self._states[index], answer = self._step(fixed, self._states[index], values, self.columns.kinds)
             return jax.block_until_ready(answer)
 
@@ -147,14 +144,13 @@ class Volume:
         self._pool.shutdown(wait=False)
 
     def _warm_up(self) -> None:
-        n = self.columns.n_mapped_nodes
-        voxels = 2 if self.columns.mapped else 1
-        self.begin(np.full((1 + len(self.columns.mapped), voxels, n), 1 / n), 2)
+        mapped = [axis for axis in self.columns.axes if axis.name in self.columns.mapped]
+        self.begin(tuple(np.full((2, 2, axis.n_nodes), 1 / axis.n_nodes) for axis in mapped), 2)
         nodes = int(np.prod([axis.n_nodes for axis in self.columns.axes], dtype=int))
         made_up = np.full((nodes + 1, self.encoder.basis.functions.shape[1]), 0.5), np.full(2, 0.5), NoiseEstimate(0.01, 10.0)
         for _ in range(2):
             self.draw(jax.random.PRNGKey(0), self.absorb(*made_up).posterior)
-        self.begin(np.full((1, 1, n), 1.0), 0)
+        self.begin((), 0)
 
 
 class Encoded:
@@ -202,7 +198,7 @@ class Encoded:
         n_voxels = len(brightness)
         used = {name: np.asarray(maps[name], float) for name in self._mapped}
         errors = {name: map_error(self.scan, name, values) for name, values in used.items()}
-        self._volume.begin(voxel_columns.of_voxels(self._volume.columns, used, errors), n_voxels)
+        self._volume.begin(voxel_columns.rows_of_voxels(self._volume.columns, used, errors), n_voxels)
         order = np.random.default_rng(self._seed).permutation(n_voxels)
         self._audited = np.sort(order[:N_AUDITED])
         self._reference.begin({name: values[self._audited] for name, values in used.items()}, brightness[self._audited])
@@ -310,11 +306,10 @@ def map_error(scan: Scan, name: str, values: np.ndarray) -> np.ndarray:
     return np.hypot(described.map_error, described.map_error_relative * values)
 
 
-def voxel_coefficients(
-    basis: Basis, kinds: tuple[int, ...], weights: jax.Array, at_nodes: jax.Array
-) -> Float[jax.Array, "voxel function"]:
+def voxel_coefficients(basis: Basis, kinds: tuple[int, ...], rows: Rows, at_nodes: jax.Array) -> Float[jax.Array, "voxel function"]:
     """One image's coefficients of every voxel, from those at the nodes of what is mapped."""
-    return jnp.concatenate([weights[kind] @ at_nodes[:, block] for kind, block in zip(kinds, basis.blocks, strict=True)], axis=1)
+    blocks = zip(kinds, basis.blocks, strict=True)
+    return jnp.concatenate([voxel_columns.weights(rows, kind) @ at_nodes[:, block] for kind, block in blocks], axis=1)
 
 
 def answer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Answer:
@@ -350,8 +345,8 @@ def _evaluate(encoder: Encoder, plan: Plan, state: State, noise: Noise, z: Float
 
 
 def _step(fixed, state: State, signal, kinds: tuple[int, ...]) -> tuple[State, Answer]:
-    encoder, plan, weights, at_nodes, noise = fixed
-    state = encoders.update(state, voxel_coefficients(encoder.basis, kinds, weights, at_nodes), signal)
+    encoder, plan, rows, at_nodes, noise = fixed
+    state = encoders.update(state, voxel_coefficients(encoder.basis, kinds, rows, at_nodes), signal)
     return state, answer(encoder, plan, state, noise)
 
 

@@ -113,7 +113,7 @@ def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
     reference = Auditor(scan, list(recording.maps))
     volume = Volume(trained.encoder, columns_of(reference, trained), scan.noise.discrepancy)
     errors = {name: map_error(scan, name, values) for name, values in recording.maps.items()}
-    volume.begin(voxel_columns.of_voxels(volume.columns, recording.maps, errors), recording.signals.shape[1])
+    volume.begin(voxel_columns.rows_of_voxels(volume.columns, recording.maps, errors), recording.signals.shape[1])
     reference.begin(recording.maps, recording.signals[0])
     compare = _comparison(reference, trained)
     seed = zlib.crc32(scan.name.encode())

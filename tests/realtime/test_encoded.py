@@ -36,7 +36,7 @@ def answers(volume: Volume, places):
     nodes = int(np.prod([axis.n_nodes for axis in volume.columns.axes])) + 1
     expected = rng.uniform(0.4, 0.8, (3, nodes, 400))
     maps = {"t1_s": t1[places], "t2_s": t2[places]}
-    volume.begin(voxel_columns.of_voxels(volume.columns, maps, {name: map_error(MOUSE, name, each) for name, each in maps.items()}), len(places))
+    volume.begin(voxel_columns.rows_of_voxels(volume.columns, maps, {name: map_error(MOUSE, name, each) for name, each in maps.items()}), len(places))
     for image, signal in zip(expected, signals, strict=True):
         answer = volume.absorb(image, signal[places], NoiseEstimate(5.0, 100.0))
     return answer
