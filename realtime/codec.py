@@ -29,6 +29,7 @@ from scansteer.realtime.messages import (
 
 Bytes = bytes | bytearray | memoryview
 
+_STRINGS = frozenset([str])
 MAX_ENVELOPE_BYTES = 2**20
 MAX_BODIES = 64
 MAX_BODY_BYTES = 2**28
@@ -109,11 +110,11 @@ def decode_arrays(specs: Sequence[ArraySpec], bodies: Sequence[Bytes]) -> dict[s
 def _check_sizes(frames: Sequence[Bytes], max_body_bytes: int) -> None:
     if not 1 <= len(frames) <= 1 + MAX_BODIES:
         raise ProtocolError("malformed", f"A message has 1 to {1 + MAX_BODIES} frames, got {len(frames)}.")
-    if len(frames[0]) > MAX_ENVELOPE_BYTES:
-        raise ProtocolError("too-large", f"The envelope has {len(frames[0])} bytes, more than the {MAX_ENVELOPE_BYTES} accepted.")
-    for body in frames[1:]:
-        if len(body) > max_body_bytes:
-            raise ProtocolError("too-large", f"A body has {len(body)} bytes, more than the {max_body_bytes} accepted.")
+    envelope, *bodies = map(len, frames)
+    if envelope > MAX_ENVELOPE_BYTES:
+        raise ProtocolError("too-large", f"The envelope has {envelope} bytes, more than the {MAX_ENVELOPE_BYTES} accepted.")
+    if bodies and max(bodies) > max_body_bytes:
+        raise ProtocolError("too-large", f"A body has {max(bodies)} bytes, more than the {max_body_bytes} accepted.")
 
 
 def _unpack(envelope: Bytes) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _unpack(envelope: Bytes) -> dict[str, Any]:
         fields = msgpack.unpackb(envelope)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError, OverflowError) as error:
         raise ProtocolError("malformed", f"The envelope is not msgpack: {type(error).__name__}.") from error
-    if not isinstance(fields, dict) or set(map(type, fields)) - {str}:
+    if not isinstance(fields, dict) or not _STRINGS.issuperset(map(type, fields)):
         raise ProtocolError("malformed", "The envelope is not a mapping of field names.")
     return fields
 

@@ -71,9 +71,8 @@ class Intake:
         """Whether an image can be judged without knowing what those before it change: not the first one, none sent twice."""
         if session is not self._session:
             return False
-        first = self._arrivals[0][0].message
-        alike = (message.role, message.series, message.set) == (first.role, first.series, first.set)
         latest = self._arrivals[-1][0].message
+        alike = message.role == latest.role and message.series == latest.series and message.set == latest.set
         return alike and (message.repetition, message.slice) > (latest.repetition, latest.slice)
 
     def _accept(self, message: Image, request: Request, sequence_number: int) -> None:

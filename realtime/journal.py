@@ -8,7 +8,6 @@ only then is anything said about the record to anybody.
 
 from __future__ import annotations
 
-import itertools
 import os
 import struct
 import zlib
@@ -241,7 +240,8 @@ def sync_folder(folder: Path) -> None:
 
 def _head(entry: Entry) -> bytes:
     n_frames = len(entry.lengths)
-    table = itertools.chain.from_iterable(zip(entry.lengths, entry.checksums, strict=True))
+    table = [0] * (2 * n_frames)
+    table[::2], table[1::2] = entry.lengths, entry.checksums
     head = _head_format(n_frames).pack(_RECORD_MARK, entry.sequence, n_frames, *table)
     return head + _CRC.pack(zlib.crc32(head))
 

@@ -32,7 +32,8 @@ class Outbox:
     def hold(self, session_id: str, *outgoing: Outgoing) -> list[Outgoing]:
         """Keep answers back; there is nothing to send now."""
         self.dirty.add(session_id)
-        self._held += [(session_id, out) for out in outgoing]
+        for out in outgoing:
+            self._held.append((session_id, out))
         return []
 
     def release(self, failed: Collection[str]) -> tuple[list[Outgoing], list[tuple[str, Outgoing]]]:

@@ -6,6 +6,7 @@ ROUTER for images, control and decisions; PUB for watchers; an inproc pair that 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -22,7 +23,7 @@ from scansteer.protocols.scan import load
 from scansteer.realtime.auth import Guard, check_endpoint
 from scansteer.realtime.broker import Broker
 from scansteer.realtime.client import milliseconds
-from scansteer.realtime.codec import MAX_ENVELOPE_BYTES
+from scansteer.realtime.codec import MAX_ENVELOPE_BYTES, Bytes
 from scansteer.realtime.compiled import keep_compiled
 from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.logs import log_to_stderr
@@ -36,6 +37,7 @@ _TICK_S = 0.1
 _BATCH = 64
 _BATCH_BYTES = 2**18
 """Messages, or bytes, taken before the journals are made durable once for all of them: few enough to be in the cache still."""
+_LARGE_BYTES = 2**16
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -94,6 +96,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until `stop`."""
+        _spare_the_collector()
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._woken, zmq.POLLIN)
@@ -166,13 +169,19 @@ class Server:
                 break
         return outgoing
 
-    def _receive(self) -> tuple[bytes, Sequence[bytes], str]:
-        if self._guard is None:
-            identity, *frames = self._router.recv_multipart(zmq.NOBLOCK)
-            return identity, frames, ""
-        first, *others = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-        user_id = others[-1].get("User-Id") if others else ""
-        return first.bytes, [frame.bytes for frame in others], self._guard.name_of(str(user_id))
+    def _receive(self) -> tuple[bytes, list[Bytes], str]:
+        """One message: who sent it, its frames, and the name of the key it came with."""
+        if self._guard is not None:
+            first, *others = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            user_id = others[-1].get("User-Id") if others else ""
+            return first.bytes, [_content(frame) for frame in others], self._guard.name_of(str(user_id))
+        identity = self._router.recv(zmq.NOBLOCK)
+        frame = self._router.recv(copy=False)  # a client's message has one part at least, or ZeroMQ does not deliver it
+        frames = [_content(frame)]
+        while frame.more:
+            frame = self._router.recv(copy=False)
+            frames.append(_content(frame))
+        return identity, frames, ""
 
     def _finished(self) -> list[Outgoing]:
         while True:
@@ -244,6 +253,17 @@ def serve(config: ServeConfig, make: MakeSession, *, on_started: Callable[[Serve
         log.warning("a job was still running; its session goes on at the next start")
         logging.shutdown()
         os._exit(0)
+
+
+def _spare_the_collector() -> None:
+    """What was imported stays: no need to look at it again and again; and look less often, for hardly anything here has cycles."""
+    gc.freeze()
+    gc.set_threshold(20_000)
+
+
+def _content(frame: zmq.Frame) -> Bytes:
+    """Small frames are copied, for views are slow; large ones are left where they are."""
+    return frame.bytes if len(frame) < _LARGE_BYTES else frame.buffer
 
 
 def _serve_http(broker: Broker, port: int) -> ThreadingHTTPServer:
