@@ -110,7 +110,7 @@ def simulate(
 
     if scan is not None and seq is None and model is None:
         result = simulate_scan(_scan(scan), {name: _float(value, f"--set {name}") for name, value in _pairs(_split(set_), "--set").items()})
-    elif scan is None and seq is not None and model is not None:
+    elif scan is None and set_ is None and seq is not None and model is not None:
         result = simulate_sequence(seq, model)
     else:
         raise InputError("simulate takes either --scan with --set, or --seq with --model.")
