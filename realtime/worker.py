@@ -19,6 +19,7 @@ import numpy as np
 
 from scansteer.core.errors import InputError
 from scansteer.protocols.scan import Scan
+from scansteer.realtime.freed_memory import return_freed_memory
 from scansteer.realtime.images import Frame, Geometry, decode_frame
 from scansteer.realtime.journal import Entry, JournalError
 from scansteer.realtime.messages import Decision, Pulse
@@ -233,6 +234,7 @@ class Actor:
         summary = self._session.summary().model_dump(mode="json")
         self._session.close()
         self._session = None
+        return_freed_memory()
         return [Summarised(summary)]
 
     def _rebuild(self, reason: str) -> list[Event]:
@@ -248,6 +250,7 @@ class Actor:
             last = decision or last
         self._session.close()
         self._session = session
+        return_freed_memory()
         if last is None:
             return [Warned(reason)]
         return [Warned(reason), *self._published(last.model_copy(update={"warnings": (*last.warnings, reason)}))]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
 
 from scansteer.core.errors import InputError
 from scansteer.realtime.images import Frame, Geometry
-from scansteer.realtime.worker import Failed, Warned, Worker, run_job, stack_slices
+from scansteer.realtime.worker import Actor, Failed, Setup, Warned, Worker, run_job, stack_slices
 
 
 @pytest.fixture
@@ -93,3 +95,22 @@ def test_slices_are_stacked_with_their_spacing_and_centre():
 def test_slices_of_different_matrices_are_refused():
     with pytest.raises(InputError, match="another matrix"):
         stack_slices([slice_frame(0, 0.0, 1.0), slice_frame(1, 5.0, 1.0, shape=(1, 4, 2))])
+
+
+def test_a_closed_session_leaves_nothing_behind(scan, fake_session):
+    sessions = []
+
+    class Circular(fake_session):
+        def __init__(self, setup):
+            super().__init__(setup)
+            self.itself = self
+            sessions.append(weakref.ref(self))
+
+    actor = Actor(Setup("s", scan), lambda entry: [], Circular, 100)
+    actor.build({})
+    gc.disable()
+    try:
+        actor.close()
+    finally:
+        gc.enable()
+    assert sessions[0]() is None
