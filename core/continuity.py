@@ -20,7 +20,7 @@ FIRST = 5
 """Earlier images that it takes: three directions, and some to tell noise from them."""
 FAR = 8.0
 """Standard deviations from which a voxel departs: of its peers, or of its own earlier images if those scattered more (vessels, partial volumes)."""
-LARGEST_SHARE = 0.1
+LARGEST_SHARE = 0.05
 """Share of departing voxels above which it is the image that departs: the subject moved, or it is no image of this scan."""
 LARGEST_EXCESS = 2.2
 """Spread of the voxels over that expected of noise, above which it is the image that departs. On the two published scans it stays below

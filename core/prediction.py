@@ -30,6 +30,14 @@ class Prediction(NamedTuple):
     """[pixel units]"""
     sd: Float[np.ndarray, " voxel"]
     """Of the image about it, noise included [pixel units]."""
+    shared_sd: Float[np.ndarray, " voxel"]
+    """Of what voxels may err by together: all but the noise of each one's pixel [pixel units]."""
+
+
+def of_region(mean: Float[np.ndarray, " voxel"], variance: Float[np.ndarray, " voxel"], sigma: float) -> Prediction:
+    """From what `predict` gives, and the noise of one pixel; so many voxels leave as much of it in their mean."""
+    shared = np.maximum(variance - sigma**2, 0.0) + sigma**2 / len(mean)
+    return Prediction(mean, np.sqrt(variance), np.sqrt(shared))
 
 
 def mean_weights(drawn: Draws, mean: Float[np.ndarray, "voxel 2"], box: Box) -> Float[np.ndarray, "voxel draw"]:

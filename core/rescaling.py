@@ -12,7 +12,7 @@ SMALLEST = 1.1
 LARGEST = 3.0
 """Factor, or its inverse, beyond which it does not matter whether it is the same in all voxels: it is another kind of image."""
 IMPROBABLE = 5.0
-"""Standard deviations. The prediction's error may be shared by all voxels, so their number does not count."""
+"""Standard deviations of what voxels may err by together: however many they are, it is one error."""
 LARGEST_SPREAD = 2.0
 """Of the voxels about one factor, in standard deviations: beyond, it is not one factor but a model that fails."""
 
@@ -20,7 +20,7 @@ LARGEST_SPREAD = 2.0
 def factor(prediction: Prediction, signal: Float[np.ndarray, " voxel"], before: float | None = None) -> float | None:
     """The factor by which an image was rescaled; none if it need not have been.
 
-    The median over voxels of signal / predicted, if it lies `IMPROBABLE` standard deviations and `SMALLEST` from 1, and voxels scatter
+    The median over voxels of signal / predicted, if it lies `IMPROBABLE` shared standard deviations and `SMALLEST` from 1, and voxels scatter
     about it no more than `LARGEST_SPREAD` of their own standard deviations.
 
     Parameters
@@ -33,7 +33,8 @@ def factor(prediction: Prediction, signal: Float[np.ndarray, " voxel"], before: 
     if before is not None and abs(np.log(middle / before)) < abs(np.log(middle)):
         return middle
     size = max(middle, 1 / middle)
-    relative = np.median(prediction.sd / np.maximum(prediction.mean, 1e-3 * prediction.sd))
+    scale = np.maximum(prediction.mean, 1e-3 * prediction.sd)
+    relative, together = np.median(prediction.sd / scale), np.median(prediction.shared_sd / scale)
     spread = SD_OF_MAD * np.median(np.abs(ratio - middle)) / middle
     is_one = size > LARGEST or (size > SMALLEST and spread <= LARGEST_SPREAD * relative)
-    return middle if is_one and np.log(size) > IMPROBABLE * relative else None
+    return middle if is_one and np.log(size) > IMPROBABLE * together else None

@@ -65,7 +65,7 @@ class Advisor:
             return None
         counts = np.asarray(self._asked[0].importance) > 0
         mean, variance = self._foresee(block)
-        return self._sample[counts], Prediction(mean[counts], np.sqrt(variance[counts]))
+        return self._sample[counts], prediction.of_region(mean[counts], variance[counts], float(self._asked[0].variance) ** 0.5)
 
     def _foresee(self, block: SaturationBlock) -> tuple[np.ndarray, np.ndarray]:
         assert self._asked is not None

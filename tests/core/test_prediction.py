@@ -58,12 +58,18 @@ def test_surprise_is_one_on_average_however_much_voxels_err_together(shared):
     values = []
     for _ in range(2000):
         z = np.sqrt(shared) * rng.normal() + np.sqrt(1 - shared) * rng.normal(size=200)
-        values.append(prediction.surprise(Prediction(np.full(200, 100.0), np.full(200, 2.0)), 100 + 2 * z))
+        values.append(prediction.surprise(Prediction(np.full(200, 100.0), np.full(200, 2.0), np.full(200, 2.0)), 100 + 2 * z))
     assert np.mean(values) == pytest.approx(1.0, abs=0.12)  # 4 standard errors of the mean of 2000 chi-squared
 
 
 def test_a_few_voxels_that_moved_do_not_surprise():
     z = np.random.default_rng(1).normal(size=200)
-    clean = prediction.surprise(Prediction(np.zeros(200), np.ones(200)), z)
+    clean = prediction.surprise(Prediction(np.zeros(200), np.ones(200), np.ones(200)), z)
     z[:8] = 50.0
-    assert prediction.surprise(Prediction(np.zeros(200), np.ones(200)), z) == pytest.approx(clean, rel=0.2)
+    assert prediction.surprise(Prediction(np.zeros(200), np.ones(200), np.ones(200)), z) == pytest.approx(clean, rel=0.2)
+
+
+def test_noise_averages_over_a_region_and_what_is_shared_does_not():
+    made = prediction.of_region(np.full(100, 1000.0), np.full(100, 5.0**2 + 12.0**2), 12.0)
+    np.testing.assert_allclose(made.sd, 13.0)
+    np.testing.assert_allclose(made.shared_sd, np.sqrt(25 + 1.44))

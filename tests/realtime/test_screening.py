@@ -28,7 +28,7 @@ def frame(pixels: np.ndarray, repetition: int, **kwargs) -> Frame:
 
 def foresight(expected: np.ndarray) -> Foresight:
     voxels = np.arange(0, 400, 7)
-    return Foresight(voxels, Prediction(expected[voxels], 0.02 * expected[voxels]))
+    return Foresight(voxels, Prediction(expected[voxels], 0.02 * expected[voxels], 0.02 * expected[voxels]))
 
 
 def follow(signals: np.ndarray, n: int, block=BLOCK) -> Screen:
