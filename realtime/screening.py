@@ -73,13 +73,16 @@ class Screen:
         foresight
             None: the posterior cannot say yet.
         is_trusted
-            The model fits the images so far: only then does it tell a rescaled image from its own failure.
+            The model fits the images so far: only then does it tell a rescaled image from its own failure. Another kind of image, many times
+            darker or brighter, is told by any model.
         """
         named = f"The image of repetition {frame.repetition}"
         self._departure = None
         if (earlier := self._duplicate_of(frame, block)) is not None:
             return f"{named} is left out: it is a duplicate, pixel by pixel, of that of repetition {earlier}."
-        factor = None if foresight is None or not is_trusted else rescaling.factor(foresight.prediction, foresight.of(signal), self._factor)
+        factor = None if foresight is None else rescaling.factor(foresight.prediction, foresight.of(signal), self._factor)
+        if factor is not None and not is_trusted and max(factor, 1 / factor) <= rescaling.LARGEST:
+            factor = None
         self._factor = factor
         if factor is not None:
             return f"{named} is left out: it reads {factor:.3g} times what was expected (rescaled, receiver gain, or another kind of image)."

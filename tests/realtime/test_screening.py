@@ -66,6 +66,7 @@ def test_a_rescaled_image_is_left_out_if_the_model_is_trusted():
     assert "1.3 times what was expected" in screen.look(frame(1.3 * signals[8], 8), BLOCK, 1.3 * signals[8], expected, True)
     assert screen.look(frame(1.3 * signals[8], 8), BLOCK, 1.3 * signals[8], expected, False) is None
     assert screen.look(frame(signals[8], 8), BLOCK, signals[8], expected, True) is None
+    assert "left out" in screen.look(frame(0.01 * signals[8], 8), BLOCK, 0.01 * signals[8], expected, False)
 
 
 def test_a_subject_that_moved_is_said():
