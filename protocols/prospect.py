@@ -26,8 +26,10 @@ from scansteer.protocols.scan import SaturationBlock, Scan, bounds
 
 MOST_AHEAD = 48
 """Images of the schedule's rest that are looked ahead."""
-TIE = 0.1
+TIE = 0.03
 """Candidates whose worth is less than this below the best one's are as good as the best: gains come from few draws."""
+TIE_REFERENCE = 0.5
+"""The same for an unsaturated image while none has been played."""
 HASTE = 0.5
 """An image costs its duration to this power: 0 counts images, 1 counts seconds."""
 
@@ -168,17 +170,20 @@ class Prospect:
     def advise(self, course: Course, answer: Answer) -> Advice:
         """The allowed candidate of the largest worth, expected gain over cost; of those as good, the one with the least RF energy.
 
-        The less RF, the less the reading depends on B1, offset and the pool model, and the more SAR is left for later. Also in
-        simulations an unsaturated image early on pays later, which a gain that looks one image ahead does not see.
+        The less RF, the less the reading depends on B1, offset and the pool model, and the more SAR is left for later. A first unsaturated
+        image counts as good already where it is worth half of the best: it tells the amplitude whatever is wrong with the model, and
+        what it makes of later images a gain that looks one image ahead does not see.
         """
         gains = np.where(self.allowed(course), np.asarray(answer.candidates), -np.inf)
         scheduled, remaining = float(answer.scheduled), float(answer.remaining)
         worth = gains / self.cost(self.candidates)
         if not np.isfinite(best := float(np.max(worth))):
             return Advice(None, 0.0, scheduled, remaining)
-        energy = self.candidates.b1_ut**2 * self.candidates.t_sat_s
-        as_good = np.flatnonzero(worth >= (1 - TIE) * best)
-        chosen = as_good[np.lexsort((-worth[as_good], energy[as_good]))[0]]
+        has_reference = any(block.b1_ut == 0 for block in course.blocks)
+        tie = np.where((self.candidates.b1_ut == 0) & (not has_reference), TIE_REFERENCE, TIE)
+        as_good = np.flatnonzero(worth >= (1 - tie) * best)
+        energy = (self.candidates.b1_ut**2 * self.candidates.t_sat_s)[as_good]
+        chosen = int(as_good[np.lexsort((-worth[as_good], energy))[0]])
         return Advice(self.candidates.block(chosen), float(gains[chosen]), scheduled, remaining)
 
     def _is_described(self) -> Bool[np.ndarray, " candidate"]:

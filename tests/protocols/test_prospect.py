@@ -104,14 +104,38 @@ def test_a_favourite_is_played_no_more_often_than_the_quota_says(prospect):
     assert np.convolve(chosen, np.ones(prospect.quota.window, int)).max() == prospect.quota.most
 
 
+def after(prospect: Prospect, block: SaturationBlock) -> Course:
+    return Course(prospect.begin().magnetisation, (Played(0.0, block),))
+
+
 def test_of_pulses_as_good_the_one_with_least_rf_is_advised(prospect):
-    unsaturated = np.flatnonzero(prospect.candidates.b1_ut == 0)[0]
-    costs = prospect.cost(prospect.candidates)
-    worth = np.where(prospect.candidates.b1_ut == 0, 0.0, 1.0)
-    worth[unsaturated] = 0.95
-    assert prospect.advise(prospect.begin(), an_answer(worth * costs)).block == prospect.candidates.block(int(unsaturated))
-    worth[unsaturated] = 0.8
-    assert prospect.advise(prospect.begin(), an_answer(worth * costs)).block.b1_ut > 0
+    energy = prospect.candidates.b1_ut**2 * prospect.candidates.t_sat_s
+    weak, strong = np.argsort(energy)[[5, -1]]
+    course, costs = after(prospect, SCAN.schedule[0]), prospect.cost(prospect.candidates)
+    for worth, expected in ((0.98, weak), (0.9, strong)):
+        gains = np.zeros(len(costs))
+        gains[[weak, strong]] = worth * costs[weak], costs[strong]
+        assert prospect.advise(course, an_answer(gains)).block == prospect.candidates.block(int(expected))
+
+
+def test_the_first_unsaturated_image_may_be_worth_less_than_others(prospect):
+    unsaturated, other = np.flatnonzero(prospect.candidates.b1_ut == 0)[0], len(prospect.candidates) - 1
+    costs, gains = prospect.cost(prospect.candidates), np.zeros(len(prospect.candidates))
+    gains[[unsaturated, other]] = 0.6 * costs[unsaturated], costs[other]
+    reference, pulse = (prospect.candidates.block(int(index)) for index in (unsaturated, other))
+    assert prospect.advise(after(prospect, SCAN.schedule[0]), an_answer(gains)).block == reference
+    assert prospect.advise(after(prospect, reference), an_answer(gains)).block == pulse
+
+
+def test_a_pulse_is_worth_its_gain_over_the_root_of_its_duration(prospect):
+    strong = prospect.candidates.b1_ut > 3
+    durations = np.where(strong, prospect.candidates.duration_s, np.nan)
+    short, long = int(np.nanargmin(durations)), int(np.nanargmax(durations))
+    ratio = (durations[long] / durations[short]) ** 0.5
+    for factor, expected in ((0.9, short), (1.1, long)):
+        gains = np.zeros(len(prospect.candidates))
+        gains[[short, long]] = 1.0, factor * ratio
+        assert prospect.advise(after(prospect, SCAN.schedule[0]), an_answer(gains)).block == prospect.candidates.block(expected)
 
 
 def test_nothing_is_advised_where_the_limits_leave_nothing(prospect):
