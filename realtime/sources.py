@@ -65,7 +65,7 @@ class Source:
         self._maps = [entry for entry in index.entries if entry.role not in ("image", "other")]
         lost = [entry.place for entry in self._maps if not entry.is_whole]
         self.warnings += [f"{path}: {place} is lost with the end of the file." for place in lost]
-        self._series = sorted(self._choose_series(index.entries), key=lambda entry: entry.key)
+        self._series, self._n_before = self._without_dummies(sorted(self._choose_series(index.entries), key=lambda entry: entry.key))
         if not self._series:
             cut = f" (it {index.cut})" if index.cut else ""
             raise InputError(f"{path} holds no images{cut}; an MRD file with one image per repetition is needed.")
@@ -73,7 +73,7 @@ class Source:
     @property
     def n_images(self) -> int:
         """Repetitions of the image series, dummies apart, that the file holds or, when it was cut off, still lists."""
-        return len({entry.key[0] for entry in self._series if not entry.is_dummy})
+        return len({entry.key[0] for entry in self._series})
 
     @property
     def is_cut(self) -> bool:
@@ -96,7 +96,7 @@ class Source:
             yield stored
 
     def images(self) -> Iterator[StoredImage]:
-        """The image series in the order of repetitions.
+        """The image series in the order of repetitions, without dummies: the image that comes first after them is of repetition 0.
 
         Raises
         ------
@@ -107,14 +107,14 @@ class Source:
         for entry in self._series:
             stored = self._read_whole(entry)
             if stored is not None:
-                yield stored
+                yield self._renumbered(stored)
                 count += 1
         if self.is_cut:
             raise ScansteerError(f"{self.path} {self._cut}: {count} images came before, the rest is lost.")
 
     def first(self) -> StoredImage | None:
         """The first whole image of the series; none if the file was cut off before it."""
-        return next((stored for entry in self._series if (stored := self._read_whole(entry)) is not None), None)
+        return next((self._renumbered(stored) for entry in self._series if (stored := self._read_whole(entry)) is not None), None)
 
     def close(self) -> None:
         self._close()
@@ -140,6 +140,20 @@ class Source:
             if self.is_cut:
                 return None
             raise
+
+    def _without_dummies(self, series: list[Entry]) -> tuple[list[Entry], int]:
+        """What is no dummy, and how many repetitions of dummies come before it."""
+        kept = [entry for entry in series if not entry.is_dummy]
+        if len(kept) < len(series):
+            self.warnings.append(f"{self.path}: {len(series) - len(kept)} images are declared dummies and left out.")
+        before = {entry.key[0] for entry in series if entry.is_dummy and kept and entry.key[0] < kept[0].key[0]}
+        return kept, len(before)
+
+    def _renumbered(self, stored: StoredImage) -> StoredImage:
+        if not self._n_before:
+            return stored
+        frame = replace(stored.frame, repetition=stored.frame.repetition - self._n_before)
+        return StoredImage(encode_frame(frame), frame)
 
     def _choose_series(self, entries: list[Entry]) -> list[Entry]:
         """The images of the first series, and of those that continue it; one that repeats its repetitions is left out."""

@@ -42,7 +42,8 @@ def random(prospect: Prospect, n_images: int, rng: np.random.Generator) -> list[
     schedule = [unsaturated(prospect.scan)]
     course = prospect.play(prospect.begin(), schedule[0])
     while len(schedule) < n_images:
-        schedule.append(prospect.candidates.block(int(rng.choice(np.flatnonzero(prospect.allowed(course))))))
+        allowed = np.flatnonzero(prospect.allowed(course))
+        schedule.append(prospect.candidates.block(int(rng.choice(allowed))) if len(allowed) else unsaturated(prospect.scan))
         course = prospect.play(course, schedule[-1])
     return schedule
 
@@ -119,7 +120,8 @@ def _greedy(
             block = first[len(schedule)]
         else:
             worth = _gains(_columns(prospect.read_candidates(course), draws), information) / costs
-            block = prospect.candidates.block(int(np.argmax(np.where(prospect.allowed(course), worth, -np.inf))))
+            allowed = prospect.allowed(course)
+            block = prospect.candidates.block(int(np.argmax(np.where(allowed, worth, -np.inf)))) if allowed.any() else unsaturated(prospect.scan)
         x = _columns(prospect.read(course, block), draws)[:, 0]
         information = information + x[:, :, None] * x[:, None, :]
         course = prospect.play(course, block)

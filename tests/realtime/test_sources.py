@@ -118,6 +118,10 @@ def test_a_second_series_that_repeats_the_first_is_left_out_and_one_that_continu
 def test_dummies_are_not_counted(tmp_path: Path) -> None:
     with open_source(write_hdf5(tmp_path / "scan.h5", {"image_0": [image(0, role="Dummy"), image(1), image(2)]})) as source:
         assert source.n_images == 2
+        assert [stored.frame.repetition for stored in source.images()] == [0, 1]
+        assert [decode_frame(stored.message).repetition for stored in source.images()] == [0, 1]
+        assert source.first().frame.repetition == 0
+        assert any("1 images are declared dummies" in warning for warning in source.warnings)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.97])
