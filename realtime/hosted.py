@@ -344,8 +344,6 @@ class HostedSession:
                     self._submit(lambda: self._actor.exclude(repetition), True)
             case "confirm":
                 self._submit(self._actor.confirm_stop, False)
-            case "confirm":
-                self._submit(self._actor.confirm_stop, False)
             case "advice":
                 self.advice_only = True
                 self.sequencer.waits_for_played = False
