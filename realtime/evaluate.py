@@ -64,9 +64,11 @@ def evaluate(
     trained = chosen(scan, encoder)
     recording, warnings = (None, []) if path is None else read(path, scan, roi, maps)
     encoder_file.check(trained, scan, trained.mapped if recording is None else tuple(recording.maps))
-    tell("simulating pulses", 0, 1)
-    simulator = Simulator(scan, trained.mapped)
-    recording = recording or simulated(simulator)
+    simulator = None
+    if calibrate or recording is None:
+        tell("simulating pulses", 0, 1)
+        simulator = Simulator(scan, trained.mapped)
+        recording = recording or simulated(simulator)
     images = list(compared(recording, scan, trained, tell))
     result: dict[str, Any] = {
         "scan": scan.name,
@@ -80,7 +82,7 @@ def evaluate(
         },
         "images": images,
     }
-    if calibrate:
+    if calibrate and simulator is not None:
         with ThreadPoolExecutor(2) as pool:
             result["calibration"] = calibration.calibrate(simulator, trained.encoder, 1000, N_CALIBRATION_SCANS, pool, tell)
     return result
