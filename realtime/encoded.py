@@ -39,6 +39,8 @@ from scansteer.realtime.reference import Reference
 BLOCK = 512
 """Voxels per block: few, so that what is computed on the way stays in cache; fixed and padded, so that a voxel's answer is the same alone
 and in a volume."""
+SEARCH = (0.5, 0.2)
+"""Scales of the search for the MAP, in standard deviations of the posterior."""
 N_AUDITED = 256
 N_DRAWS = 200
 MEDIAN_BOUND = 2.0
@@ -315,16 +317,19 @@ def voxel_coefficients(basis: Basis, kinds: tuple[int, ...], rows: Rows, at_node
 def answer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Answer:
     """Posterior and summary of every voxel.
 
-    The MAP is sought among the points of the last refinement and then about the best of them: where the posterior is a curved ridge, its mean
-    does not lie on it.
+    The MAP is sought among the points of the last refinement and then, twice and ever closer, about the best of them: where the posterior is a
+    curved ridge, its mean does not lie on it.
     """
     posterior, expansion, seen = encoders.infer(encoder, plan, state, noise)
-    best, _ = _most_probable(encoder, seen)
-    about_best = coordinates.points(best, 0.4 * posterior.root, jnp.asarray(encoders.STENCIL, jnp.float32))
     peak = gaussian_region.mode(posterior)
     ends = jnp.stack([peak, 0.5 * (posterior.mean + peak)], axis=1)
-    z = jnp.clip(jnp.concatenate([about_best, ends], axis=1), -4.5, 4.5)
-    best, at = _most_probable(encoder, Points(z, encoders.evaluate(encoder, plan, expansion, noise, z)))
+
+    def closer(best: tuple[jax.Array, Fit], scale: jax.Array) -> tuple[tuple[jax.Array, Fit], None]:
+        about = coordinates.points(best[0], scale * posterior.root, jnp.asarray(encoders.STENCIL, jnp.float32))
+        z = jnp.clip(jnp.concatenate([about, ends], axis=1), -4.5, 4.5)
+        return _most_probable(encoder, Points(z, encoders.evaluate(encoder, plan, expansion, noise, z))), None
+
+    best, at = jax.lax.scan(closer, _most_probable(encoder, seen), jnp.asarray(SEARCH, jnp.float32))[0]
     nrmse = jnp.sqrt(at.residual / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
     summary = gaussian_region.summarise(posterior, best, encoder.coordinate)
     return Answer(Info(summary, nrmse, at.amplitude), posterior)
