@@ -135,7 +135,7 @@ class Follower:
     def foresee(self, signals: Float[np.ndarray, "node 1 point"], question: Question, rows: Rows, mean_weights: np.ndarray) -> Prediction:
         """What an image should read, whose signals the prospect gives (`Prospect.read`)."""
         mean, variance = self._foresee(signals, question, rows, mean_weights)
-        return Prediction(np.asarray(mean, float), np.sqrt(np.asarray(variance, float)))
+        return prediction.of_region(np.asarray(mean, float), np.asarray(variance, float), float(question.variance) ** 0.5)
 
     def place(self, followed: Followed, info: Info, truth: Float[np.ndarray, "voxel 2"]) -> Place:
         """Where truths lie."""

@@ -27,7 +27,7 @@ N_VOXELS = 6
 """Voxels of a phantom, scanned together with the same pulses."""
 N_DRAWS = 48
 """Tissues that the optimised schedule is optimised for."""
-N_RESTARTS_ORACLE = 2
+N_RESTARTS_ORACLE = 1
 N_BOOTSTRAP = 2000
 
 
