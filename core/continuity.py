@@ -86,12 +86,12 @@ def compare(state: State, signal: Float[np.ndarray, " voxel"]) -> Departure | No
 
 
 def update(state: State, signal: Float[np.ndarray, " voxel"], departure: Departure | None) -> State:
-    """One more image that counts."""
+    """One more image that counts; one that departs as a whole and counts all the same shows what earlier ones did not: it is taken as it is."""
     if departure is None:
         return state._replace(history=(*state.history, signal))
     departs = departure.departs
     return State(
-        history=(*state.history, np.where(departs | state.moved, departure.expected, signal)),
+        history=(*state.history, signal if departure.of_all else np.where(departs | state.moved, departure.expected, signal)),
         departed=departs,
         moved=state.moved | (state.departed & departs),
         scatter=state.scatter + np.where(departs, 1.0, departure.deviation**2),

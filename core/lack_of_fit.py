@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 N_FITTED = 3
 """Amplitude, fraction and rate are fitted in every voxel."""
@@ -86,6 +86,13 @@ def check(
     statistic = float(np.median(residual / expected) / left)
     bound = _bound(left, min(n_shared, left), float(np.median(1 - sigma**2 / expected)), independent * len(residual))
     return Check(statistic, as_foretold and statistic <= bound, foretold)
+
+
+def unexplained(
+    residual: Float[np.ndarray, " voxel"], amplitude: Float[np.ndarray, " voxel"], sigma: float, discrepancy: float, n_images: int
+) -> Bool[np.ndarray, " voxel"]:
+    """Voxels, each on its own, whose residual is more than noise and discrepancy leave in all but one of a thousand; parameters as in `check`."""
+    return residual > (sigma**2 + (discrepancy * amplitude) ** 2) * quantile(max(n_images - N_FITTED, 0))
 
 
 def quantile(dof: float) -> float:

@@ -26,13 +26,13 @@ def factor(prediction: Prediction, signal: Float[np.ndarray, " voxel"], before: 
     Parameters
     ----------
     before
-        Factor of the image before, if that was rescaled: this one then is unless 1 is nearer.
+        Factor of the image before, if that was rescaled: this one then is if it is off at all and `before` is twice as near as 1.
     """
     ratio = signal / np.maximum(prediction.mean, 1e-3 * prediction.sd)
     middle = max(float(np.median(ratio)), 1e-9)
-    if before is not None and abs(np.log(middle / before)) < abs(np.log(middle)):
-        return middle
     size = max(middle, 1 / middle)
+    if before is not None and size > SMALLEST and 2 * abs(np.log(middle / before)) < np.log(size):
+        return middle
     scale = np.maximum(prediction.mean, 1e-3 * prediction.sd)
     relative, together = np.median(prediction.sd / scale), np.median(prediction.shared_sd / scale)
     spread = SD_OF_MAD * np.median(np.abs(ratio - middle)) / middle

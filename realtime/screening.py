@@ -13,13 +13,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from scansteer.core import continuity, noise, prediction, rescaling
+from scansteer.core import continuity, lack_of_fit, noise, prediction, rescaling
 from scansteer.core.prediction import Prediction
-from scansteer.protocols.scan import SaturationBlock
 from scansteer.realtime.images import Frame
 
 NOISELESS = 1e-3
 """Noise over signal below which images were simulated without noise: no scanner's are that quiet."""
+FEW_VALUES, FEW_MATERIALS = 0.02, 10
+"""An image of so few different values, as a share of the voxels or in number, was simulated without noise."""
 
 
 class Foresight(NamedTuple):
@@ -36,19 +37,17 @@ class Screen:
     """The images of one session so far, and what is wrong with them."""
 
     def __init__(self) -> None:
-        self._seen: dict[bytes, tuple[int, SaturationBlock]] = {}
+        self._seen: dict[bytes, int] = {}
         self._continuity = continuity.init(0)
         self._factor: float | None = None
         self._departure: continuity.Departure | None = None
-
-    @property
-    def moved(self) -> Bool[np.ndarray, " voxel"]:
+        self.moved = np.zeros(0, bool)
         """Voxels of the region that moved."""
-        return self._continuity.moved
 
     def begin(self, n_voxels: int) -> None:
         """Fix the region."""
         self._continuity = continuity.init(n_voxels)
+        self.moved = np.zeros(n_voxels, bool)
 
     def declared(self, frame: Frame) -> str | None:
         """Why an image does not count by its own header."""
@@ -60,14 +59,12 @@ class Screen:
         return None
 
     def look(
-        self, frame: Frame, block: SaturationBlock, signal: Float[np.ndarray, " voxel"], foresight: Foresight | None, is_trusted: bool
+        self, frame: Frame, signal: Float[np.ndarray, " voxel"], foresight: Foresight | None, is_trusted: bool
     ) -> str | None:
         """Why an image does not count; none: it does.
 
         Parameters
         ----------
-        block
-            What was played for it.
         signal
             Its values in the region.
         foresight
@@ -78,7 +75,7 @@ class Screen:
         """
         named = f"The image of repetition {frame.repetition}"
         self._departure = None
-        if (earlier := self._duplicate_of(frame, block)) is not None:
+        if (earlier := self._duplicate_of(frame, signal)) is not None:
             return f"{named} is left out: it is a duplicate, pixel by pixel, of that of repetition {earlier}."
         factor = None if foresight is None else rescaling.factor(foresight.prediction, foresight.of(signal), self._factor)
         if factor is not None and not is_trusted and max(factor, 1 / factor) <= rescaling.LARGEST:
@@ -87,36 +84,38 @@ class Screen:
         if factor is not None:
             return f"{named} is left out: it reads {factor:.3g} times what was expected (rescaled, receiver gain, or another kind of image)."
         self._departure = continuity.compare(self._continuity, signal)
-        if self._departure is not None and self._departure.of_all:
+        is_foreseen = foresight is None or not is_trusted or surprise(foresight, signal) < lack_of_fit.quantile(1)
+        if self._departure is not None and self._departure.of_all and not is_foreseen:
             return (
                 f"{named} is left out: its voxels spread {self._departure.excess:.1f} times as far as noise, {self._departure.share:.0%} of them "
                 "depart from all earlier images (the subject moved, or the image is damaged)."
             )
         return None
 
-    def keep(self, frame: Frame, block: SaturationBlock, signal: Float[np.ndarray, " voxel"]) -> str | None:
-        """An image that was looked at counts; a sentence if voxels are found to have moved."""
-        self._seen[_identity(frame)] = frame.repetition, block
-        before = np.count_nonzero(self.moved)
+    def keep(self, frame: Frame, signal: Float[np.ndarray, " voxel"]) -> None:
+        """An image that was looked at counts."""
+        self._seen[_identity(frame)] = frame.repetition
         self._continuity = continuity.update(self._continuity, signal, self._departure)
-        found = np.count_nonzero(self.moved) - before
-        if not found:
-            return None
-        share = np.mean(self.moved)
-        return f"{found} voxels moved at or before repetition {frame.repetition}: {share:.1%} of the region do not count as converged any more."
+
+    def judge(self, is_unexplained: Bool[np.ndarray, " voxel"]) -> str | None:
+        """Voxels that departed have moved if, with this image, the model does not explain them either; a sentence if they are more than before."""
+        before = np.count_nonzero(self.moved)
+        self.moved = self._continuity.moved & is_unexplained
+        found = np.count_nonzero(self.moved)
+        return f"{found} voxels ({np.mean(self.moved):.1%} of the region) moved and do not count as converged." if found > before else None
 
     def history(self) -> Float[np.ndarray, "image voxel"]:
         """The images that count; where a voxel departed, what was expected instead."""
         return np.stack(self._continuity.history)
 
-    def _duplicate_of(self, frame: Frame, block: SaturationBlock) -> int | None:
-        """Repetition of an earlier image with the same pixels: noise never comes twice. Simulated images without noise may, of one pulse."""
+    def _duplicate_of(self, frame: Frame, signal: Float[np.ndarray, " voxel"]) -> int | None:
+        """Repetition of an earlier image with the same pixels: noise never comes twice. Images simulated without noise may."""
         earlier = self._seen.get(_identity(frame))
-        if earlier is None or (earlier[1] == block and self._is_noiseless()):
-            return None
-        return earlier[0]
+        return None if earlier is None or self._is_noiseless(signal) else earlier
 
-    def _is_noiseless(self) -> bool:
+    def _is_noiseless(self, signal: Float[np.ndarray, " voxel"]) -> bool:
+        if len(np.unique(signal)) <= max(FEW_VALUES * len(signal), FEW_MATERIALS):
+            return True
         if len(self._continuity.history) < continuity.FIRST:
             return False
         history = self.history()

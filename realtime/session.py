@@ -155,7 +155,7 @@ class Session:
         self._skip_to(frame.repetition)
         signal = frame.pixels.reshape(-1)[voxels.index]
         foresight = self._foresee(block)
-        left_out = left_out or self._screen.look(frame, block, signal, foresight, self._fit.passed)
+        left_out = left_out or self._screen.look(frame, signal, foresight, self._fit.passed)
         if left_out is not None:
             self._play(block)
             warnings.append(left_out)
@@ -252,7 +252,7 @@ class Session:
 
     def _count(self, frame: Frame, block: SaturationBlock, signal: np.ndarray, foresight: Foresight | None) -> list[str]:
         """Absorb an image that counts; what there is to say about it."""
-        moved = self._screen.keep(frame, block, signal)
+        self._screen.keep(frame, signal)
         if foresight is not None:
             self._record = lack_of_fit.update(self._record, screening.surprise(foresight, signal))
         self._signals.append(signal)
@@ -260,7 +260,7 @@ class Session:
         self._info = self._reference.absorb(signal, self._estimate, block, first=self._n_played == 0)
         self._advisor.play(block)
         self._n_played += 1
-        return [said for said in (moved, self._reference.said) if said]
+        return [self._reference.said] if self._reference.said else []
 
     def _play(self, block: SaturationBlock) -> None:
         """A repetition without an image that counts."""
@@ -324,7 +324,9 @@ class Session:
         info, n = self._info, len(self._signals)
         assert info is not None
         if left_out is None:
-            self._fit = self._judge_fit(info)
+            self._fit, is_unexplained = self._judge_fit(info)
+            moved = self._screen.judge(is_unexplained)
+            warnings = (*warnings, moved) if moved else warnings
         reports = self._reporter.report(voxels.regions, voxels.places, info, self._screen.moved)
         independent = self.scan.noise.effective_voxel_fraction
         progress = [stopping.Region(each.name, each.fraction_converged, independent * each.n_voxels) for each in reports]
@@ -353,13 +355,13 @@ class Session:
             warnings=warnings,
         )
 
-    def _judge_fit(self, info: Info) -> lack_of_fit.Check:
+    def _judge_fit(self, info: Info) -> tuple[lack_of_fit.Check, np.ndarray]:
+        """Of the region, and which voxels by themselves are not explained."""
         residual = info.nrmse.astype(float) ** 2 * np.sum(np.square(self._signals), axis=0)
         described = self.scan.noise
-        return lack_of_fit.check(
-            residual, info.amplitude, self._estimate.sigma, described.discrepancy, len(self._signals), self._record,
-            n_shared=self._n_shared, independent=described.effective_voxel_fraction,
-        )  # fmt: skip
+        left = residual, info.amplitude, self._estimate.sigma, described.discrepancy, len(self._signals)
+        shared = {"n_shared": self._n_shared, "independent": described.effective_voxel_fraction}
+        return lack_of_fit.check(*left, self._record, **shared), lack_of_fit.unexplained(*left)
 
     def _painted(self, values: np.ndarray) -> np.ndarray:
         assert self._voxels is not None

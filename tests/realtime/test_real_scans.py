@@ -80,6 +80,13 @@ def test_published_description_of_the_phantom_is_refused_for_lack_of_fit(phantom
     assert all(decision.action == "continue" for decision in phantom.decisions)
 
 
+@pytest.mark.parametrize("name", ["phantom", "mouse"])
+def test_every_image_of_a_real_scan_counts_and_no_voxel_is_said_to_have_moved(name, request):
+    decisions = request.getfixturevalue(name).decisions
+    assert [decision.n_images for decision in decisions] == list(range(1, 31))
+    assert max(region.fraction_moved for decision in decisions for region in decision.regions) < 0.01
+
+
 def test_mouse_fits_and_lies_where_it_should(mouse):
     assert np.median(mouse.nrmse) <= 0.03
     assert 0.08 <= np.median(mouse.estimates[-1][0]) <= 0.14
@@ -103,6 +110,7 @@ def test_wide_description_of_the_phantom_bounds_its_errors():
     assert np.all(wide.bounded().mean(axis=0) >= 0.95)
     assert wide.bounded().min() >= 0.85
     assert all(decision.lack_of_fit.passed for decision in wide.decisions)
+    assert wide.decisions[-1].n_images == 30
 
 
 @pytest.mark.parametrize("n", [10, 30])

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 from scansteer.core.prediction import Prediction
-from scansteer.protocols.larg_phantom import PUBLISHED
 from scansteer.realtime.images import Frame, Geometry
 from scansteer.realtime.screening import Foresight, Screen
 
-BLOCK = PUBLISHED.schedule[0]
-OTHER = PUBLISHED.schedule[10]
 GEOMETRY = Geometry((20, 20, 1))
 
 
@@ -31,14 +28,14 @@ def foresight(expected: np.ndarray) -> Foresight:
     return Foresight(voxels, Prediction(expected[voxels], 0.02 * expected[voxels], 0.02 * expected[voxels]))
 
 
-def follow(signals: np.ndarray, n: int, block=BLOCK) -> Screen:
+def follow(signals: np.ndarray, n: int) -> Screen:
     """A screen that has seen the first `n` images."""
     screen = Screen()
     screen.begin(400)
     for number, signal in enumerate(signals[:n]):
         one = frame(signal, number)
-        assert screen.look(one, block, signal, None, True) is None
-        assert screen.keep(one, block, signal) is None
+        assert screen.look(one, signal, None, True) is None
+        screen.keep(one, signal)
     return screen
 
 
@@ -50,41 +47,54 @@ def test_an_image_that_declares_itself_something_else_is_named(kwargs, said):
 
 def test_a_duplicate_is_named_with_the_image_that_it_repeats():
     signals = images()
-    assert "duplicate, pixel by pixel, of that of repetition 1" in follow(signals, 4).look(frame(signals[1], 4), OTHER, signals[1], None, True)
+    assert "duplicate, pixel by pixel, of that of repetition 1" in follow(signals, 4).look(frame(signals[1], 4), signals[1], None, True)
 
 
-def test_images_without_noise_may_repeat_after_the_same_pulse():
+def test_images_without_noise_may_repeat():
     signals = images(sigma=0.0)
-    screen = follow(signals, 8)
-    assert screen.look(frame(signals[7], 8), BLOCK, signals[7], None, True) is None
-    assert "duplicate" in screen.look(frame(signals[7], 8), OTHER, signals[7], None, True)
+    assert follow(signals, 8).look(frame(signals[7], 8), signals[7], None, True) is None
+    vials = 1000.0 * (1 + np.arange(400) // 134)
+    assert follow(np.stack([vials, 0.9 * vials]), 2).look(frame(vials, 2), vials, None, True) is None
 
 
 def test_a_rescaled_image_is_left_out_if_the_model_is_trusted():
     signals = images()
     screen, expected = follow(signals, 8), foresight(signals[8])
-    assert "1.3 times what was expected" in screen.look(frame(1.3 * signals[8], 8), BLOCK, 1.3 * signals[8], expected, True)
-    assert screen.look(frame(1.3 * signals[8], 8), BLOCK, 1.3 * signals[8], expected, False) is None
-    assert screen.look(frame(signals[8], 8), BLOCK, signals[8], expected, True) is None
-    assert "left out" in screen.look(frame(0.01 * signals[8], 8), BLOCK, 0.01 * signals[8], expected, False)
+    assert "1.3 times what was expected" in screen.look(frame(1.3 * signals[8], 8), 1.3 * signals[8], expected, True)
+    assert screen.look(frame(1.3 * signals[8], 8), 1.3 * signals[8], expected, False) is None
+    assert screen.look(frame(signals[8], 8), signals[8], expected, True) is None
+    assert "left out" in screen.look(frame(0.01 * signals[8], 8), 0.01 * signals[8], expected, True)
 
 
-def test_a_subject_that_moved_is_said():
+def test_a_subject_that_moved_is_said_if_the_model_did_not_foresee_it():
     signals = images()
     moved = np.roll(signals[8], 57)
-    assert "the subject moved" in follow(signals, 8).look(frame(moved, 8), BLOCK, moved, None, True)
+    assert "the subject moved" in follow(signals, 8).look(frame(moved, 8), moved, foresight(signals[8]), True)
 
 
-def test_voxels_that_moved_are_counted_once():
+def test_a_contrast_that_no_earlier_image_showed_counts():
+    """As the model foresees it, or where the model cannot say: then its misfit vetoes stops."""
+    signals = images()
+    new = signals[8] * np.random.default_rng(1).uniform(0.7, 1.0, 400)
+    screen = follow(signals, 8)
+    assert screen.look(frame(new, 8), new, foresight(new), True) is None
+    assert screen.look(frame(new, 8), new, foresight(signals[8]), False) is None
+    assert screen.look(frame(new, 8), new, None, True) is None
+    screen.keep(frame(new, 8), new)
+    np.testing.assert_array_equal(screen.history()[8], new)
+
+
+def test_voxels_that_moved_are_counted_once_and_only_where_the_model_does_not_explain_them():
     signals = images()
     signals[8:, :6] *= 1.4
-    screen, said = follow(signals, 8), []
+    screen, said, unexplained = follow(signals, 8), [], np.arange(400) < 4
     for number in (8, 9, 10):
         one = frame(signals[number], number)
-        assert screen.look(one, BLOCK, signals[number], None, True) is None
-        said.append(screen.keep(one, BLOCK, signals[number]))
+        assert screen.look(one, signals[number], None, True) is None
+        screen.keep(one, signals[number])
+        said.append(screen.judge(unexplained))
     assert said[0] is None
-    assert "6 voxels moved" in said[1]
+    assert "4 voxels (1.0% of the region) moved" in said[1]
     assert said[2] is None
-    assert screen.moved.sum() == 6
+    np.testing.assert_array_equal(screen.moved, unexplained)
     np.testing.assert_array_less(np.abs(screen.history()[8:, :6] * 1.4 - signals[8:11, :6]), 300)  # as expected, not as it came
