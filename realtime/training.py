@@ -278,13 +278,10 @@ def settings_note() -> dict[str, Any]:
 
 
 def _batch(rng: np.random.Generator, simulated: Bank, measured: Bank | None, settings: Settings, discrepancy: float) -> Samples:
-    """Simulated samples as their number of images says (few images, odd posteriors), measured ones evenly."""
-    n_measured = 0 if measured is None else int(settings.share_measured * settings.batch)
-    share = np.cumsum(1 / np.sqrt(simulated.n_images))
-    place = np.searchsorted(share, rng.random(settings.batch - n_measured) * share[-1])
-    first = simulated.pick(np.minimum(place, len(share) - 1), discrepancy)
     if measured is None:
-        return first
+        return simulated.pick(rng.integers(len(simulated.place), size=settings.batch), discrepancy)
+    n_measured = int(settings.share_measured * settings.batch)
+    first = simulated.pick(rng.integers(len(simulated.place), size=settings.batch - n_measured), discrepancy)
     second = measured.pick(rng.integers(len(measured.place), size=n_measured), discrepancy)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]) if a.ndim else a, first, second)
 
