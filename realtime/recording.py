@@ -15,7 +15,7 @@ from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols.scan import SaturationBlock, Scan
 from scansteer.realtime import maps as map_files
 from scansteer.realtime import roi as roi_files
-from scansteer.realtime.images import Frame
+from scansteer.realtime.images import Frame, check_usable
 from scansteer.realtime.session import AUXILIARIES
 from scansteer.realtime.sources import check_against, open_source
 
@@ -65,7 +65,16 @@ def read(path: Path, scan: Scan, roi: Path | None = None, maps: Mapping[str, str
         else:
             regions = [roi_files.automatic(first.frame.pixels, {role: frame.pixels for role, frame in frames.items()})]
         voxels = np.unique(np.concatenate([each.voxels for each in regions]))
-        images = [(image.frame.repetition, image.frame.pixels.reshape(-1)[voxels].astype(float)) for image in source.images()]
+        images = []
+        for frame in (image.frame for image in source.images()):
+            try:
+                check_usable(frame)
+            except InputError as error:
+                warnings.append(str(error))
+            else:
+                images.append((frame.repetition, frame.pixels.reshape(-1)[voxels].astype(float)))
+    if not images:
+        raise InputError(f"{path} holds no usable image.")
     known = {name: frames[role].pixels.reshape(-1)[voxels] * factor for role, name, factor in _usable(scan, frames)}
     signals = np.stack([values for _, values in images])
     repetitions = [repetition for repetition, _ in images]

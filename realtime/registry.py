@@ -82,7 +82,7 @@ class Registry:
                 continue
             try:
                 session = HostedSession.recover(folder, self._make, self._submitter(path.name), self._config.limits)
-            except ScansteerError as error:
+            except (ScansteerError, ValidationError) as error:  # also what an older version wrote and this one does not accept
                 log.error("session %s cannot be taken up again: %s", path.name, error)
                 continue
             session.attendance.last_heard = now

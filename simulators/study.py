@@ -70,7 +70,7 @@ def run_study(
     result = _summary(study, repeats, traces, loops)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         study_figure.draw(result, _curves(traces), out.with_suffix(".png"))
     except OSError as error:
         raise ScansteerError(f"Cannot write {out}: {error}.") from error
