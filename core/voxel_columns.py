@@ -82,7 +82,7 @@ def rows_of_voxels(
     values: Mapping[str, Float[np.ndarray, " voxel"]],
     errors: Mapping[str, Float[np.ndarray, " voxel"]],
     held: bool = True,
-) -> Rows:
+) -> tuple[Float[np.ndarray, "2 voxel node"], ...]:
     """Along each mapped axis, every voxel's weights of the nodes for its value, and for the slope there times the map's error.
 
     Values outside an axis's range are held at its ends (or, for simulated tissue a little beyond it, extrapolated). Without maps there are none.

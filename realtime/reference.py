@@ -174,11 +174,14 @@ class Reference:
         at = [likelihood.at_cells(self._sums[number], place, row) for number, place, row in zip(numbers, places, cells, strict=True)]
         none = np.zeros((n - 1, BLOCK))
         shifts = [none if (known := self._shifts[number]) is None else np.asarray(known) for number in numbers]
+        gram, projection, energy = (np.stack(each) for each in zip(*at, strict=True))
         return Running(
-            *(np.stack(each) for each in zip(*at, strict=True)),
-            float(self._sums[0].n_images),
-            [self._measured_in[number] for number in numbers],
-            np.stack([shift[:, place] for shift, place in zip(shifts, places, strict=True)]),
+            gram,
+            projection,
+            energy,
+            n_images=float(self._sums[0].n_images),
+            maps=[self._measured_in[number] for number in numbers],
+            shift=np.stack([shift[:, place] for shift, place in zip(shifts, places, strict=True)]),
         )
 
     def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
