@@ -13,6 +13,9 @@ import typer
 
 from scansteer.core.errors import InputError, ScansteerError
 
+# before NumPy is loaded: OpenBLAS waits by spinning, on the cores that XLA needs (45 ms an image, from 17 images on)
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -32,6 +32,7 @@ from scansteer.core.signal_basis import Basis
 from scansteer.core.voxel_columns import Columns, Rows
 from scansteer.protocols import forward
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
+from scansteer.realtime.compiled import for_large_programs
 from scansteer.realtime.encoder_file import Trained, check, load, shipped
 from scansteer.realtime.messages import Audit
 from scansteer.realtime.reference import Reference
@@ -86,7 +87,7 @@ class Volume:
         self._plan = encoders.plan(encoder)
         self._discrepancy = jnp.asarray(discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-encoder")
-        self._step = eqx.filter_jit(_step, donate="all-except-first")
+        self._step = eqx.filter_jit(_step, donate="all-except-first", compiler_options=for_large_programs())
         self._evaluate = eqx.filter_jit(_evaluate)
         self._draw = eqx.filter_jit(agreement.posterior_draw)
         self._n_voxels = 0
@@ -170,12 +171,14 @@ class Encoded:
         axes = (*forward.chain_axes(scan), *forward.tissue_axes(scan))
         self._mapped = tuple(axis.name for axis in axes if axis.name in mapped)
         check(trained, scan, self._mapped)  # before anything is compiled
-        self._reference = Auditor(scan, mapped)
         lower, upper = bounds(scan.readout.offset)
         columns = voxel_columns.make(axes, self._mapped, (0.5 * (lower + upper), (upper - lower) / 12**0.5))
-        self._volume = Volume(trained.encoder, columns, scan.noise.discrepancy)
+        with ThreadPoolExecutor(2) as side_by_side:  # both compile for long
+            volume = side_by_side.submit(Volume, trained.encoder, columns, scan.noise.discrepancy)
+            self._reference = Auditor(scan, mapped)
+            self._volume = volume.result()
         self._coordinate = trained.encoder.coordinate
-        self._compare = jax.jit(self._distances)
+        self._compare = jax.jit(self._distances, compiler_options=for_large_programs())
         self._seed = zlib.crc32(scan.name.encode())
         self._history: list[tuple[np.ndarray, np.ndarray, NoiseEstimate]] | None = None
         self._region: tuple[dict[str, np.ndarray], np.ndarray] | None = None

@@ -26,6 +26,7 @@ from scansteer.core.nuisance import Measured
 from scansteer.core.signal import LongitudinalMap
 from scansteer.protocols import forward, tissue_model
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
+from scansteer.realtime.compiled import for_large_programs
 from scansteer.realtime.messages import Audit
 
 jax.config.update("jax_enable_x64", True)  # the physics and the running sums need it; core leaves the choice to its user
@@ -84,7 +85,9 @@ class Reference:
         self._play = jax.jit(dictionary.play)
         self._reading = jax.jit(dictionary.reading)(self.model.forward)
         self._columns = jax.jit(grid_posterior.expected_columns)
-        self._step: Callable[..., tuple[Sums, Info, LogPosterior]] = jax.jit(_step, donate_argnums=0)
+        self._step: Callable[..., tuple[Sums, Info, LogPosterior]] = jax.jit(
+            _step, donate_argnums=0, compiler_options=for_large_programs()
+        )
         self._maps: dict[tuple[float, ...], LongitudinalMap] = {}
         self._state = self._initial_state()
         for index, block in enumerate(scan.schedule):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -117,11 +118,13 @@ class Session:
         self._files = files or Files()
         mapped, self._opening_warnings = _usable_roles(setup.scan, [*setup.auxiliaries, *self._files.maps])
         self._roles = mapped
-        self._reference = make_engine(self.scan, [AUXILIARIES[role] for role in mapped])
+        with ThreadPoolExecutor(1) as side_by_side:  # both compile for long
+            advisor = side_by_side.submit(Advisor, self.scan)
+            self._reference = make_engine(self.scan, [AUXILIARIES[role] for role in mapped])
+            self._advisor = advisor.result()
         self._opening_warnings += [self._reference.said] if self._reference.said else []
         self._reference.said = None
         self._reference.reserve(self._most_voxels())
-        self._advisor = Advisor(self.scan)
         self._advisor.rehearse(self._reference.auditor if isinstance(self._reference, Encoded) else self._reference)
         self._rule = rule_of(self.scan)
         self._stopping = stopping.init()
