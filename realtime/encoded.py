@@ -87,7 +87,8 @@ class Volume:
         self._plan = encoders.plan(encoder)
         self._discrepancy = jnp.asarray(discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-encoder")
-        self._step = eqx.filter_jit(_step, donate="all-except-first", compiler_options=for_large_programs())
+        options = for_large_programs()
+        self._step = eqx.filter_jit(_step, donate="all-except-first", compiler_options=options)  # pyright: ignore[reportCallIssue] - for jax.jit
         self._evaluate = eqx.filter_jit(_evaluate)
         self._draw = eqx.filter_jit(agreement.posterior_draw)
         self._n_voxels = 0
