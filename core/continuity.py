@@ -35,8 +35,10 @@ FEWEST_VOXELS = 20
 
 
 class State(NamedTuple):
-    history: tuple[Float[np.ndarray, " voxel"], ...]
+    history: Float[np.ndarray, "image voxel"]
     """Images so far; where a voxel departed, what was expected instead."""
+    gram: Float[np.ndarray, "image image"]
+    """Sums over voxels of image i times image j [pixel^2]."""
     departed: Bool[np.ndarray, " voxel"]
     """At the latest image."""
     moved: Bool[np.ndarray, " voxel"]
@@ -64,7 +66,7 @@ class Departure(NamedTuple):
 
 
 def init(n_voxels: int) -> State:
-    return State((), np.zeros(n_voxels, bool), np.zeros(n_voxels, bool), np.zeros(n_voxels), 0)
+    return State(np.zeros((0, n_voxels)), np.zeros((0, 0)), np.zeros(n_voxels, bool), np.zeros(n_voxels, bool), np.zeros(n_voxels), 0)
 
 
 def compare(state: State, signal: Float[np.ndarray, " voxel"]) -> Departure | None:
@@ -72,13 +74,12 @@ def compare(state: State, signal: Float[np.ndarray, " voxel"]) -> Departure | No
     steady = ~state.moved
     if len(state.history) < FIRST or np.count_nonzero(steady) < FEWEST_VOXELS:
         return None
-    history = np.stack(state.history)
-    basis = _basis(history[:, steady])
-    course = _course(basis @ history[:, steady], signal[steady])
+    basis = _basis(state.gram)
+    course = _course((basis @ state.history)[:, steady], signal[steady])
     mixture = course @ basis
-    expected = mixture @ history
+    expected = mixture @ state.history
     spread = _spread(signal - expected, signal, steady)
-    expected_spread = _noise(history[:, steady]) * np.sqrt(1 + mixture @ mixture)  # of this image, and of those that it is compared with
+    expected_spread = _noise(state.gram, len(signal)) * np.sqrt(1 + mixture @ mixture)  # of this image, and of those that it is compared with
     deviation = (signal - expected) / spread
     usual = np.sqrt((state.scatter + 1) / (state.n_compared + 1))
     departs = np.abs(deviation) > FAR * np.maximum(usual, 1.0)
@@ -88,10 +89,10 @@ def compare(state: State, signal: Float[np.ndarray, " voxel"]) -> Departure | No
 def update(state: State, signal: Float[np.ndarray, " voxel"], departure: Departure | None) -> State:
     """One more image that counts; one that departs as a whole and counts all the same shows what earlier ones did not: it is taken as it is."""
     if departure is None:
-        return state._replace(history=(*state.history, signal))
+        return _with(state, signal)
     departs = departure.departs
-    return State(
-        history=(*state.history, signal if departure.of_all else np.where(departs | state.moved, departure.expected, signal)),
+    image = signal if departure.of_all else np.where(departs | state.moved, departure.expected, signal)
+    return _with(state, image)._replace(
         departed=departs,
         moved=state.moved | (state.departed & departs),
         scatter=state.scatter + np.where(departs, 1.0, departure.deviation**2),
@@ -99,9 +100,17 @@ def update(state: State, signal: Float[np.ndarray, " voxel"], departure: Departu
     )
 
 
-def _basis(history: Float[np.ndarray, "image voxel"]) -> Float[np.ndarray, "direction image"]:
+def _with(state: State, image: Float[np.ndarray, " voxel"]) -> State:
+    """One more row of the history, and of the gram matrix."""
+    history = np.vstack([state.history, image])
+    gram = np.pad(state.gram, (0, 1))
+    gram[-1] = gram[:, -1] = history @ image
+    return state._replace(history=history, gram=gram)
+
+
+def _basis(gram: Float[np.ndarray, "image image"]) -> Float[np.ndarray, "direction image"]:
     """The few directions that the images span: their principal components."""
-    _, vectors = np.linalg.eigh(history @ history.T)
+    _, vectors = np.linalg.eigh(gram)
     return vectors[:, -N_SIGNAL_COMPONENTS:].T
 
 
@@ -122,6 +131,7 @@ def _spread(error: Float[np.ndarray, " voxel"], signal: Float[np.ndarray, " voxe
     return max(SD_OF_MAD * float(np.median(np.abs(error[steady]))), float(floor))
 
 
-def _noise(history: Float[np.ndarray, "image voxel"]) -> float:
+def _noise(gram: Float[np.ndarray, "image image"], n_voxels: int) -> float:
     """Standard deviation of one pixel, and what tissue may vary by [pixel units]."""
-    return float(np.hypot(noise.from_images(history @ history.T, history.shape[1]).sigma, TISSUE_SPREAD * np.sqrt(np.mean(history**2))))
+    mean_square = np.trace(gram) / (len(gram) * n_voxels)
+    return float(np.hypot(noise.from_images(gram, n_voxels).sigma, TISSUE_SPREAD * np.sqrt(mean_square)))

@@ -111,13 +111,14 @@ def stratify(region: Int[np.ndarray, " voxel"], values: Float[np.ndarray, "voxel
 
 
 def share_out(sizes: list[int], n: int) -> list[int]:
-    """At most `n` sampled voxels over regions: half of them equally, so that none starves, the rest by size.
+    """At most `n` sampled voxels over regions: one each, so that none starves; of the rest one half equally, the other by size.
 
     Never more than a region has; with more regions than `n` the last ones get none.
     """
-    equal, total = 0.5 * n / len(sizes), sum(sizes)
-    shares = [min(size, max(1, int(equal + 0.5 * n * size / total))) for size in sizes]
-    return [max(0, min(share, n - sum(shares[:number]))) for number, share in enumerate(shares)]
+    served = sizes[:n]
+    rest, total = n - len(served), sum(served)
+    shares = [min(size, 1 + int(0.5 * rest * (1 / len(served) + size / total))) for size in served]
+    return shares + [0] * (len(sizes) - len(served))
 
 
 def draw(

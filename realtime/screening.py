@@ -2,7 +2,8 @@
 
 Typed: an image that its header declares a dummy, or to be no image. Detected: a duplicate, an image that was rescaled or is of another kind
 (`core.rescaling`), an image of a subject that moved, voxels that hold other tissue than before (`core.continuity`). An image that does not
-count leaves no trace but its pulse. A voxel that moved is followed on, and never counts as converged.
+count leaves no trace in the posterior but its pulse; where too many do not count, it is the model that is in doubt. A voxel that moved is
+followed on, and does not count as converged while the model does not explain it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from scansteer.core import continuity, lack_of_fit, noise, prediction, rescaling
+from scansteer.core.noise import NoiseEstimate
 from scansteer.core.prediction import Prediction
 from scansteer.realtime.images import Frame
 
@@ -21,6 +23,8 @@ NOISELESS = 1e-3
 """Noise over signal below which images were simulated without noise: no scanner's are that quiet."""
 FEW_VALUES, FEW_MATERIALS = 0.02, 10
 """An image of so few different values, as a share of the voxels or in number, was simulated without noise."""
+FEWEST_STRANGE, LARGEST_STRANGE_SHARE = 2, 0.2
+"""Images that were not what was expected, in number and as a share of those looked at, from which on it is the model that is not trusted."""
 
 
 class Foresight(NamedTuple):
@@ -41,6 +45,8 @@ class Screen:
         self._continuity = continuity.init(0)
         self._factor: float | None = None
         self._departure: continuity.Departure | None = None
+        self._n_looked_at = 0
+        self._n_strange = 0
         self.moved = np.zeros(0, bool)
         """Voxels of the region that moved."""
 
@@ -73,22 +79,40 @@ class Screen:
             The model fits the images so far: only then does it tell a rescaled image from its own failure. Another kind of image, many times
             darker or brighter, is told by any model.
         """
-        named = f"The image of repetition {frame.repetition}"
         self._departure = None
         if (earlier := self._duplicate_of(frame, signal)) is not None:
-            return f"{named} is left out: it is a duplicate, pixel by pixel, of that of repetition {earlier}."
+            return f"The image of repetition {frame.repetition} is left out: it is a duplicate, pixel by pixel, of that of repetition {earlier}."
+        strange = self._strangeness(signal, foresight, is_trusted)
+        self._n_looked_at += 1
+        if strange is None:
+            return None
+        self._n_strange += 1
+        return f"The image of repetition {frame.repetition} is left out: {strange}."
+
+    @property
+    def doubt(self) -> str | None:
+        """Why so many images that were not what was expected forbid a stop."""
+        if self._n_strange < FEWEST_STRANGE or self._n_strange <= LARGEST_STRANGE_SHARE * self._n_looked_at:
+            return None
+        return (
+            f"{self._n_strange} of {self._n_looked_at} images were not what the model and the other images led to expect: the model is in doubt; "
+            "continue the approved schedule."
+        )
+
+    def _strangeness(self, signal: Float[np.ndarray, " voxel"], foresight: Foresight | None, is_trusted: bool) -> str | None:
+        """How an image differs from all that was expected."""
         factor = None if foresight is None else rescaling.factor(foresight.prediction, foresight.of(signal), self._factor)
         if factor is not None and not is_trusted and max(factor, 1 / factor) <= rescaling.LARGEST:
             factor = None
         self._factor = factor
         if factor is not None:
-            return f"{named} is left out: it reads {factor:.3g} times what was expected (rescaled, receiver gain, or another kind of image)."
+            return f"it reads {factor:.3g} times what was expected (rescaled, receiver gain, or another kind of image)"
         self._departure = continuity.compare(self._continuity, signal)
         is_foreseen = foresight is None or not is_trusted or surprise(foresight, signal) < lack_of_fit.quantile(1)
         if self._departure is not None and self._departure.of_all and not is_foreseen:
             return (
-                f"{named} is left out: its voxels spread {self._departure.excess:.1f} times as far as noise, {self._departure.share:.0%} of them "
-                "depart from all earlier images (the subject moved, or the image is damaged)."
+                f"its voxels spread {self._departure.excess:.1f} times as far as noise, {self._departure.share:.0%} of them "
+                "depart from all earlier images (the subject moved, or the image is damaged)"
             )
         return None
 
@@ -104,9 +128,14 @@ class Screen:
         found = np.count_nonzero(self.moved)
         return f"{found} voxels ({np.mean(self.moved):.1%} of the region) moved and do not count as converged." if found > before else None
 
+    @property
     def history(self) -> Float[np.ndarray, "image voxel"]:
         """The images that count; where a voxel departed, what was expected instead."""
-        return np.stack(self._continuity.history)
+        return self._continuity.history
+
+    def noise(self, effective_voxel_fraction: float = 1.0) -> NoiseEstimate:
+        """Of one pixel, from the images that count."""
+        return noise.from_images(self._continuity.gram, self.history.shape[1], effective_voxel_fraction)
 
     def _duplicate_of(self, frame: Frame, signal: Float[np.ndarray, " voxel"]) -> int | None:
         """Repetition of an earlier image with the same pixels: noise never comes twice. Images simulated without noise may."""
@@ -116,11 +145,9 @@ class Screen:
     def _is_noiseless(self, signal: Float[np.ndarray, " voxel"]) -> bool:
         if len(np.unique(signal)) <= max(FEW_VALUES * len(signal), FEW_MATERIALS):
             return True
-        if len(self._continuity.history) < continuity.FIRST:
+        if len(self.history) < continuity.FIRST:
             return False
-        history = self.history()
-        sigma = noise.from_images(history @ history.T, history.shape[1]).sigma
-        return sigma < NOISELESS * float(np.sqrt(np.mean(history**2)))
+        return self.noise().sigma < NOISELESS * float(np.sqrt(np.trace(self._continuity.gram) / self.history.size))
 
 
 def surprise(foresight: Foresight, signal: Float[np.ndarray, " voxel"]) -> float:

@@ -134,7 +134,8 @@ class Session:
         self._fit = lack_of_fit.Check(None, True)
         self._n_shared = n_shared(self.scan, [AUXILIARIES[role] for role in mapped])
         self._voxels: Voxels | None = None
-        self._signals: list[np.ndarray] = []
+        self._n_counted = 0
+        self._energy = np.zeros(0)
         self._info: Info | None = None
         self._estimate = noise.NoiseEstimate(1.0, 1.0)
         self._latencies_ms: list[float] = []
@@ -209,7 +210,7 @@ class Session:
         latencies = self._latencies_ms
         return Summary(
             scan=self.scan.name,
-            n_images=len(self._signals),
+            n_images=self._n_counted,
             would_stop_at=self._stopping.would_stop_at,
             nrmse_median=None if self._info is None else finite(np.median(self._info.nrmse)),
             latency_ms=LatencyPercentiles(p50=float(np.percentile(latencies, 50)), p99=float(np.percentile(latencies, 99))) if latencies else None,
@@ -258,7 +259,8 @@ class Session:
         self._screen.keep(frame, signal)
         if foresight is not None:
             self._record = lack_of_fit.update(self._record, screening.surprise(foresight, signal))
-        self._signals.append(signal)
+        self._n_counted += 1
+        self._energy = self._energy + signal.astype(float) ** 2
         self._estimate = self._noise()
         self._info = self._reference.absorb(signal, self._estimate, block, first=self._n_played == 0)
         self._advisor.play(block)
@@ -288,6 +290,7 @@ class Session:
         }
         self._reference.begin(maps, frame.pixels.reshape(-1)[index])
         self._screen.begin(len(index))
+        self._energy = np.zeros(len(index))
         warnings.extend(self._outside_range(maps))
         self._voxels = voxels
         return voxels
@@ -319,12 +322,11 @@ class Session:
     def _noise(self) -> noise.NoiseEstimate:
         if self.scan.noise.sigma is not None:
             return noise.NoiseEstimate(self.scan.noise.sigma, 1e4)
-        images = self._screen.history()
-        return noise.from_images(images @ images.T, images.shape[1], self.scan.noise.effective_voxel_fraction)
+        return self._screen.noise(self.scan.noise.effective_voxel_fraction)
 
     def _decide(self, repetition: int, voxels: Voxels, left_out: str | None, warnings: tuple[str, ...]) -> Decision:
         """After an image that counts, or that was left out for a reason."""
-        info, n = self._info, len(self._signals)
+        info, n = self._info, self._n_counted
         assert info is not None
         if left_out is None:
             self._fit, is_unexplained = self._judge_fit(info)
@@ -334,7 +336,7 @@ class Session:
         independent = self.scan.noise.effective_voxel_fraction
         progress = [stopping.Region(each.name, each.fraction_converged, independent * each.n_voxels) for each in reports]
         advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), self._estimate, repetition)
-        veto = left_out or _misfit(self._fit) or self._reference.veto
+        veto = left_out or _misfit(self._fit) or self._screen.doubt or self._reference.veto
         self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto, advice.remaining_gain)
         self._n_decisions += 1
         return Decision(
@@ -360,9 +362,9 @@ class Session:
 
     def _judge_fit(self, info: Info) -> tuple[lack_of_fit.Check, np.ndarray]:
         """Of the region, and which voxels by themselves are not explained."""
-        residual = info.nrmse.astype(float) ** 2 * np.sum(np.square(self._signals), axis=0)
+        residual = info.nrmse.astype(float) ** 2 * self._energy
         described = self.scan.noise
-        left = residual, info.amplitude, self._estimate.sigma, described.discrepancy, len(self._signals)
+        left = residual, info.amplitude, self._estimate.sigma, described.discrepancy, self._n_counted
         shared = {"n_shared": self._n_shared, "independent": described.effective_voxel_fraction}
         return lack_of_fit.check(*left, self._record, **shared), lack_of_fit.unexplained(*left)
 

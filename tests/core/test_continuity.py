@@ -79,6 +79,13 @@ def test_a_common_factor_is_not_this_checks_business():
 
 def test_nothing_is_said_of_few_images_or_few_voxels():
     images = scan()
-    assert continuity.compare(continuity.init(N_VOXELS)._replace(history=tuple(images[:4])), images[4]) is None
+    state, _ = follow(images[:4])
+    assert continuity.compare(state, images[4]) is None
     few = images[:, :10]
-    assert continuity.compare(continuity.init(10)._replace(history=tuple(few[:9])), few[9]) is None
+    state, _ = follow(few[:9])
+    assert continuity.compare(state, few[9]) is None
+
+
+def test_the_gram_matrix_is_that_of_the_history():
+    state, _ = follow(scan())
+    np.testing.assert_allclose(state.gram, state.history @ state.history.T, rtol=1e-12)

@@ -81,7 +81,7 @@ def test_a_contrast_that_no_earlier_image_showed_counts():
     assert screen.look(frame(new, 8), new, foresight(signals[8]), False) is None
     assert screen.look(frame(new, 8), new, None, True) is None
     screen.keep(frame(new, 8), new)
-    np.testing.assert_array_equal(screen.history()[8], new)
+    np.testing.assert_array_equal(screen.history[8], new)
 
 
 def test_voxels_that_moved_are_counted_once_and_only_where_the_model_does_not_explain_them():
@@ -97,4 +97,23 @@ def test_voxels_that_moved_are_counted_once_and_only_where_the_model_does_not_ex
     assert "4 voxels (1.0% of the region) moved" in said[1]
     assert said[2] is None
     np.testing.assert_array_equal(screen.moved, unexplained)
-    np.testing.assert_array_less(np.abs(screen.history()[8:, :6] * 1.4 - signals[8:11, :6]), 300)  # as expected, not as it came
+    np.testing.assert_array_less(np.abs(screen.history[8:, :6] * 1.4 - signals[8:11, :6]), 300)  # as expected, not as it came
+
+
+def test_many_images_that_were_not_expected_put_the_model_in_doubt():
+    signals = images()
+    screen = follow(signals, 8)
+    for number, factor in ((8, 1.3), (9, 1.0), (10, 1.6)):
+        assert screen.doubt is None
+        screen.look(frame(factor * signals[number], number), factor * signals[number], foresight(signals[number]), True)
+    assert screen.doubt is None  # 2 of 11
+    screen.look(frame(2.0 * signals[11], 11), 2.0 * signals[11], foresight(signals[11]), True)
+    assert "3 of 12 images" in screen.doubt
+
+
+def test_duplicates_are_no_evidence_against_the_model():
+    signals = images()
+    screen = follow(signals, 4)
+    for number in range(4, 9):
+        assert "duplicate" in screen.look(frame(signals[1], number), signals[1], None, True)
+    assert screen.doubt is None
