@@ -79,7 +79,8 @@ def infer(sums: Sums, noise: Noise, prior: Prior, shift: Float[Array, "nuisance 
     """The posterior of every voxel of a block; `shift` as in `likelihood.fit`."""
     fit = likelihood.fit(sums, noise, shift)
     log_posterior = fit.log_likelihood.T + prior.on_cells()
-    summary = region.summarise(log_posterior.reshape(-1, *prior.box.n_points), prior.log_density, prior.box)
+    power = noise.dof + sums.n_images - 1
+    summary = region.summarise(log_posterior.reshape(-1, *prior.box.n_points), prior.log_density, prior.box, power)
     at_map = prior.box.position(0, summary.map[:, 0]), prior.box.position(1, summary.map[:, 1])
     residual, amplitude = (region.at_point(field, at_map, prior.box.n_points) for field in (fit.residual, fit.amplitude))
     nrmse = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(sums.energy, 1e-30))

@@ -1,8 +1,10 @@
 """Confidence regions and intervals of a posterior that is known on a lattice.
 
-The log posterior is smooth where the posterior itself is too narrow for the lattice, so it is the log posterior that is
-interpolated (cubic, exact for a Gaussian of any width): first on a window that holds all the mass, then on one that holds
-what matters, each of `N_FINE` x `N_FINE` cells. The resolution thus follows the posterior.
+Where the posterior is too narrow for the lattice its misfit is still smooth: the sum of squares that makes the likelihood a Gaussian, or with
+unknown noise a Student-t. It is the misfit that is interpolated (cubic, exact for a quadratic form of any width): first on a
+window that holds all the mass, then on one that holds what matters, each of `N_FINE` x `N_FINE` cells. The resolution thus follows the posterior.
+(Interpolating the log posterior itself is as good for a Gaussian only: with 200 degrees of freedom, 0.2 lattice steps wide and correlated by
+-0.95, means are off by 0.8 standard deviations.)
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ N_FINE = 48
 N_BISECTIONS = 9
 EDGE_FRACTION = 0.01
 """Width of an edge row, as a fraction of the box (a cell of the published 100 x 100 grid)."""
+NARROW = 0.5
+"""Lattice steps: a posterior whose smallest standard deviation is less may have its peak between lattice points."""
 ANYTIME_LEVEL = 0.05
 """The anytime region is {posterior > 0.05 x prior} (Waudby-Smith & Ramdas 2020)."""
 
@@ -40,23 +44,89 @@ class Summary(eqx.Module):
     """Mass in the fuller of the two edge rows of each parameter."""
 
 
-def summarise(log_posterior: Float[Array, "voxel f k"], log_prior: tuple[Float[Array, " f"], Float[Array, " k"]], box: Box) -> Summary:
-    """Summarise log posterior densities over (f, k), each up to a constant; the prior is the product of two normalised ones."""
+def summarise(
+    log_posterior: Float[Array, "voxel f k"],
+    log_prior: tuple[Float[Array, " f"], Float[Array, " k"]],
+    box: Box,
+    power: Float[Array, ""] | None = None,
+) -> Summary:
+    """Summarise log posterior densities over (f, k), each up to a constant; the prior is the product of two normalised ones.
+
+    Parameters
+    ----------
+    power
+        Of a Student-t: the density is misfit^(-power / 2), power = degrees of freedom behind the noise + images - 1; none: Gaussian.
+    """
     log_posterior = jnp.maximum(log_posterior - jnp.max(log_posterior, axis=(1, 2), keepdims=True), _FLOOR)
-    outer = _lattice_window(log_posterior)
-    wide, area = _zoom(log_posterior, outer), _cell_areas(outer, box)
+    misfit = to_misfit(log_posterior, power)
+    outer = _window(log_posterior, misfit, power)
+    wide, area = from_misfit(_zoom(misfit, outer), power), _cell_areas(outer, box)
     mass = _mass(wide, area)
     marginals = jnp.sum(mass, axis=2), jnp.sum(mass, axis=1)
     edges = [_edge_mass(marginal, outer[axis], box, axis) for axis, marginal in enumerate(marginals)]
     prior = [(_weights(_positions(outer[axis]), box.n_points[axis]) @ log_prior[axis]) for axis in (0, 1)]
     anytime = _anytime_area(wide, prior[0][:, :, None] + prior[1][:, None], area)
     inner = _shrink(marginals[0], outer[0], box.n_points[0]), _shrink(marginals[1], outer[1], box.n_points[1])
-    return _describe(_zoom(log_posterior, inner), inner, box, anytime_area=anytime, edge_mass=jnp.stack(edges, 1))
+    density = from_misfit(_zoom(misfit, inner), power)
+    return _describe(density, inner, box, anytime_area=anytime, edge_mass=jnp.stack(edges, 1))
 
 
-_FLOOR = -1e4
+_FLOOR = -1e6
 Window = tuple[Float[Array, " voxel"], Float[Array, " voxel"]]
 """First and last edge of a window along one axis, in lattice steps."""
+
+
+def to_misfit(log_density: Float[Array, "..."], power: Float[Array, ""] | None) -> Float[Array, "..."]:
+    """What is quadratic where the model is linear; the log density itself where that is small, or Gaussian."""
+    if power is None:
+        return log_density
+    half = (0.5 * power).astype(log_density.dtype)
+    return -half * jnp.expm1(jnp.minimum(-log_density / half, _LARGEST_EXPONENT))
+
+
+def from_misfit(misfit: Float[Array, "..."], power: Float[Array, ""] | None) -> Float[Array, "..."]:
+    """Inverse of `to_misfit`."""
+    if power is None:
+        return misfit
+    half = (0.5 * power).astype(misfit.dtype)
+    return -half * jnp.log1p(jnp.maximum(-misfit / half, _SMALLEST_MISFIT - 1))
+
+
+_LARGEST_EXPONENT = 60.0  # exp of it is still a number in single precision
+_SMALLEST_MISFIT = 1e-6  # of what the best lattice point has: beyond a lattice's reach
+
+
+def _window(log_posterior: Array, misfit: Array, power: Array | None) -> tuple[Window, Window]:
+    """Where there is mass: on the lattice, and, where a ridge may slip between lattice points, about the peak that they imply."""
+    ends = _peak_window(misfit, power)
+    windows = []
+    for axis, (first, last) in enumerate(_lattice_window(log_posterior)):
+        n = log_posterior.shape[1 + axis]
+        low, high = (jnp.clip(end[:, axis], 0.0, n - 1.0) for end in ends)
+        windows.append((jnp.fmin(first, low), jnp.fmax(last, high)))
+    return windows[0], windows[1]
+
+
+def _peak_window(misfit: Float[Array, "voxel f k"], power: Array | None) -> tuple[Float[Array, "voxel 2"], Float[Array, "voxel 2"]]:
+    """Six standard deviations either way of the peak of the quadratic through the best lattice point's neighbours; NaN where that is wide."""
+    n = misfit.shape[1:]
+    best = jnp.argmax(misfit.reshape(len(misfit), -1), axis=1)
+    i, j = jnp.clip(best // n[1], 1, n[0] - 2), jnp.clip(best % n[1], 1, n[1] - 2)
+    voxel = jnp.arange(len(misfit))
+    at = lambda di, dj: misfit[voxel, i + di, j + dj]  # noqa: E731
+    slope = jnp.stack([at(1, 0) - at(-1, 0), at(0, 1) - at(0, -1)], axis=1) / 2
+    a, b = (2 * at(0, 0) - at(di, dj) - at(-di, -dj) for di, dj in ((1, 0), (0, 1)))
+    c = -(at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / 4
+    determinant = a * b - c**2
+    covariance = jnp.stack([jnp.stack([b, -c], 1), jnp.stack([-c, a], 1)], 1) / determinant[:, None, None]
+    step = jnp.sum(covariance * slope[:, None], axis=2)
+    height = at(0, 0) + 0.5 * jnp.sum(slope * step, axis=1)
+    scale = 1.0 if power is None else jnp.maximum(1 - height / (0.5 * power).astype(height.dtype), _SMALLEST_MISFIT)
+    sd = jnp.sqrt(jnp.stack([b, a], axis=1) / determinant[:, None] * jnp.broadcast_to(scale, height.shape)[:, None])
+    is_narrow = (determinant > 0) & (a + b > 1 / NARROW**2)
+    centre = jnp.stack([i, j], axis=1).astype(step.dtype) + step
+    reach = jnp.where(is_narrow[:, None], 6 * sd, jnp.nan)
+    return centre - reach, centre + reach
 
 
 def _lattice_window(log_posterior: Array) -> tuple[Window, Window]:

@@ -45,6 +45,23 @@ def test_gaussian_of_any_width_keeps_its_area_and_intervals(scale, rho):
     assert got.covariance[0, 0, 1] == pytest.approx(rho * sd[0] * sd[1], abs=0.03 * sd[0] * sd[1])
 
 
+@pytest.mark.parametrize("sd", [0.05, 0.1, 0.2, 0.5])
+@pytest.mark.parametrize("rho", [0.0, 0.9, -0.95])
+@pytest.mark.parametrize("dof", [10, 200])
+def test_a_posterior_far_narrower_than_a_lattice_step_stays_in_place(sd, rho, dof):
+    """A Student-t whose peak lies between lattice points, as small as a twentieth of a step; the error of its mean is a share of its width."""
+    n_images, centres = 31, 30 + np.random.default_rng(0).uniform(0, 1, (16, 2))
+    power, steps = dof + n_images - 1, np.arange(N)
+    a, b = (steps[None, :, None] - centres[:, :1, None]) / sd, (steps[None, None] - centres[:, 1:, None]) / sd
+    misfit = (a * a - 2 * rho * a * b + b * b) / (1 - rho**2)
+    got = SUMMARISE(jnp.asarray(-0.5 * power * np.log1p(misfit / power), jnp.float32), LOG_PRIOR, BOX, jnp.asarray(float(power)))
+    at = [np.asarray(each(axis, jnp.asarray(centres[:, axis]))) for each in (BOX.value, BOX.slope) for axis in (0, 1)]
+    widths = np.stack(at[2:], axis=1) * sd * np.sqrt(power / (power - 4))
+    np.testing.assert_array_less(np.abs(got.mean - np.stack(at[:2], axis=1)), 0.1 * widths)
+    np.testing.assert_allclose((got.upper - got.lower) / 3.92, widths, rtol=0.06)
+    np.testing.assert_allclose(got.cr_area, np.pi * 5.9915 * widths[:, 0] * widths[:, 1] * np.sqrt(1 - rho**2), rtol=0.12)
+
+
 def test_anytime_region_is_where_the_posterior_exceeds_a_twentieth_of_the_prior():
     sd = (2e-4, 40.0)
     got = summary_of(gaussian((0.0018, 400.0), sd, 0.0))
