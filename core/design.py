@@ -129,11 +129,13 @@ def draw(
     seed: int,
 ) -> Draws:
     """Cells of each voxel's posterior: by systematic sampling where it is wide, about its mean where it is narrow."""
+    box = box.in_numpy()
     mass = np.exp(log_posterior - log_posterior.max(axis=1, keepdims=True)) * _cell_areas(box)
     mass /= mass.sum(axis=1, keepdims=True)
     wide = _systematic(mass, np.random.default_rng(seed).uniform(size=len(mass)))
-    narrow = _about(mean, covariance, box)
-    is_narrow = np.linalg.eigvalsh(_in_steps(mean, covariance, box)[1])[:, 0] < NARROW**2
+    centre, in_steps = _in_steps(mean, covariance, box)
+    narrow = _about(centre, in_steps, box.n_points)
+    is_narrow = np.linalg.eigvalsh(in_steps)[:, 0] < NARROW**2
     return Draws(*(np.where(is_narrow.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(narrow, wide, strict=True)))
 
 
@@ -292,19 +294,18 @@ def _systematic(mass: Float[np.ndarray, "voxel cell"], start: Float[np.ndarray, 
     return Draws(np.minimum(cells, mass.shape[1] - 1), uniform, np.broadcast_to(centring, (len(mass), N_DRAWS, N_DRAWS)))
 
 
-def _about(mean: Float[np.ndarray, "voxel 2"], covariance: Float[np.ndarray, "voxel 2 2"], box: Box) -> Draws:
+def _about(centre: Float[np.ndarray, "voxel 2"], in_steps: Float[np.ndarray, "voxel 2 2"], n_points: tuple[int, int]) -> Draws:
     """The cell nearest to the mean and its four neighbours; the contrast is a root of the covariance times their differences."""
-    n = np.array(box.n_points)
-    centre, in_steps = _in_steps(mean, covariance, box)
+    n = np.array(n_points)
     nearest = np.clip(np.rint(centre), 1, n - 2).astype(int)
     root = np.linalg.cholesky(in_steps + 1e-9 * np.eye(2))
     moves = np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)] + [(0, 0)] * (N_DRAWS - 5))
     at = nearest[:, None] + moves
     gradient = np.zeros((2, N_DRAWS))
     gradient[0, 1:3] = gradient[1, 3:5] = (0.5, -0.5)
-    contrast = np.zeros((len(mean), N_DRAWS, N_DRAWS))
+    contrast = np.zeros((len(centre), N_DRAWS, N_DRAWS))
     contrast[:, :2] = np.swapaxes(root, 1, 2) @ gradient
-    weights = np.zeros((len(mean), N_DRAWS))
+    weights = np.zeros((len(centre), N_DRAWS))
     weights[:, 0] = 1.0
     return Draws(at[:, :, 0] * n[1] + at[:, :, 1], weights, contrast)
 
@@ -313,6 +314,6 @@ def _in_steps(
     mean: Float[np.ndarray, "voxel 2"], covariance: Float[np.ndarray, "voxel 2 2"], box: Box
 ) -> tuple[Float[np.ndarray, "voxel 2"], Float[np.ndarray, "voxel 2 2"]]:
     """Mean and covariance in lattice steps."""
-    centre = np.stack([np.asarray(box.position(axis, jnp.asarray(mean[:, axis], jnp.float64))) for axis in (0, 1)], axis=1)
-    slope = np.stack([np.asarray(box.slope(axis, jnp.asarray(np.maximum(centre[:, axis], 0.5)))) for axis in (0, 1)], axis=1)
+    centre = np.stack([box.position(axis, mean[:, axis].astype(float)) for axis in (0, 1)], axis=1)
+    slope = np.stack([box.slope(axis, np.maximum(centre[:, axis], 0.5)) for axis in (0, 1)], axis=1)
     return centre, np.asarray(covariance, float) / slope[:, :, None] / slope[:, None, :]

@@ -17,7 +17,10 @@ N_NODES = 20
 
 
 class Box(eqx.Module):
-    """The rectangle of (f, k) that the lattice spans, both edges included; positions count lattice steps from 0 to n - 1."""
+    """The rectangle of (f, k) that the lattice spans, both edges included; positions count lattice steps from 0 to n - 1.
+
+    Its functions compute in NumPy where box and argument are NumPy's.
+    """
 
     lower: Float[Array, " 2"]
     upper: Float[Array, " 2"]
@@ -27,10 +30,14 @@ class Box(eqx.Module):
     def n_cells(self) -> int:
         return self.n_points[0] * self.n_points[1]
 
+    def in_numpy(self) -> Box:
+        """The same box for host-side work, where a JAX operation on a few numbers costs more than the numbers are worth."""
+        return Box(np.asarray(self.lower), np.asarray(self.upper), self.n_points)  # pyright: ignore[reportArgumentType]
+
     def value(self, axis: int, position: Float[Array, "..."]) -> Float[Array, "..."]:
         """lower + (upper - lower) (x / (n - 1))^2"""
         lower, upper = self.lower[axis].astype(position.dtype), self.upper[axis].astype(position.dtype)
-        return lower + (upper - lower) * jnp.square(position / (self.n_points[axis] - 1))
+        return lower + (upper - lower) * (position / (self.n_points[axis] - 1)) ** 2
 
     def slope(self, axis: int, position: Float[Array, "..."]) -> Float[Array, "..."]:
         """Derivative of `value` by the position."""
@@ -39,7 +46,7 @@ class Box(eqx.Module):
     def position(self, axis: int, value: Float[Array, "..."]) -> Float[Array, "..."]:
         """Inverse of `value`, clipped to the box."""
         lower, upper = self.lower[axis].astype(value.dtype), self.upper[axis].astype(value.dtype)
-        return (self.n_points[axis] - 1) * jnp.sqrt(jnp.clip((value - lower) / (upper - lower), 0.0, 1.0))
+        return (self.n_points[axis] - 1) * ((value - lower) / (upper - lower)).clip(0.0, 1.0) ** 0.5
 
 
 def node_values(lower: float, upper: float, n_nodes: int = N_NODES) -> Float[np.ndarray, " node"]:

@@ -88,14 +88,16 @@ def update(sums: Sums, columns: Float[Array, "column mixture cell"], signal: Flo
     )
 
 
-def at_cells(sums: Sums, voxel: int, cells: Int[np.ndarray, " draw"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One voxel's sums at a few cells: gram (draw, mixture, column, column), projection (draw, mixture, column), energy. In NumPy."""
+def at_cells(
+    sums: Sums, voxels: Int[np.ndarray, " voxel"], cells: Int[np.ndarray, "voxel draw"]
+) -> tuple[Float[np.ndarray, "voxel draw mixture column column"], Float[np.ndarray, "voxel draw mixture column"], Float[np.ndarray, " voxel"]]:
+    """Some voxels' sums at a few cells each: gram matrix, projection, energy. In NumPy."""
     n = sums.projection.shape[0]
     pair = np.zeros((n, n), int)
     pair[np.triu_indices(n)] = np.arange(len(sums.gram))
     gram = np.asarray(sums.gram)[:, :, cells, 0][np.maximum(pair, pair.T)]
-    projection = np.asarray(sums.projection)[:, :, cells, voxel]
-    return np.transpose(gram, (3, 2, 0, 1)), np.transpose(projection, (2, 1, 0)), np.asarray(sums.energy)[voxel]
+    projection = np.asarray(sums.projection)[:, :, cells, voxels[:, None]]
+    return np.transpose(gram, (3, 4, 2, 0, 1)), np.transpose(projection, (2, 3, 1, 0)), np.asarray(sums.energy)[voxels]
 
 
 def fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None = None) -> Fit:

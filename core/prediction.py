@@ -47,7 +47,7 @@ def mean_weights(drawn: Draws, mean: Float[np.ndarray, "voxel 2"], box: Box) -> 
     one moves on to the mean along the gradient.
     """
     is_narrow = drawn.weights[:, 0] == 1.0
-    centre = np.stack([np.asarray(box.position(axis, jnp.asarray(mean[:, axis], jnp.float64))) for axis in (0, 1)], axis=1)
+    centre = np.stack([box.in_numpy().position(axis, mean[:, axis].astype(float)) for axis in (0, 1)], axis=1)
     off = centre - np.stack(np.divmod(drawn.cells[:, 0], box.n_points[1]), axis=1)
     half = 0.5 * np.clip(off, -1, 1) * is_narrow[:, None]
     weights = np.array(drawn.weights, float)

@@ -1,8 +1,9 @@
 """The posterior of a whole volume: the encoder for every voxel, the reference auditing a random sample of them at every image.
 
-Same interface as `realtime.reference.Reference`. The audited voxels are drawn once, seeded by the scan's name, for the reference's sums must
-have seen every image; the draws that compare are seeded by the scan's name and the number of images. Where the two disagree beyond
-`MEDIAN_BOUND` or `OVER_4_BOUND` the reference takes over for the whole region; if the region is too large for it, this is said and stops are vetoed.
+Same interface as `realtime.reference.Reference`. The audited voxels are drawn once, from every region, seeded by the scan's name, for the
+reference's sums must have seen every image; the draws that compare are seeded by the scan's name and the number of images. Where the two
+disagree beyond `MEDIAN_BOUND` or `OVER_4_BOUND` the reference takes over for the whole region; if the region is too large for it, this is said
+and stops are vetoed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from scansteer.core import agreement, gaussian_region, signal_basis, voxel_columns
+from scansteer.core import agreement, design, gaussian_region, signal_basis, voxel_columns
 from scansteer.core import coordinate as coordinates
 from scansteer.core import encoder as encoders
 from scansteer.core.encoder import Encoder, Fit, Gaussian, Plan, Points, State
@@ -42,8 +43,9 @@ BLOCK = 512
 and in a volume."""
 SEARCH = (0.5, 0.2)
 """Scales of the search for the MAP, in standard deviations of the posterior."""
-N_AUDITED = 256
-N_DRAWS = 200
+N_AUDITED = 128
+"""Voxels, enough for `design` to ask about and for the two bounds below: 5 % of 128 is more than six voxels' worth of draws."""
+N_DRAWS = 100
 MEDIAN_BOUND = 2.0
 """Largest acceptable median Mahalanobis distance, either way (1.18 is a perfect match)."""
 OVER_4_BOUND = 0.05
@@ -199,14 +201,15 @@ class Encoded:
     def prior(self) -> Prior:
         return self._reference.prior
 
-    def begin(self, maps: dict[str, Float[np.ndarray, " voxel"]], brightness: Float[np.ndarray, " voxel"]) -> None:
-        """Fix the region; see `Reference.begin`."""
+    def begin(
+        self, maps: dict[str, Float[np.ndarray, " voxel"]], brightness: Float[np.ndarray, " voxel"], regions: Sequence[np.ndarray]
+    ) -> None:
+        """Fix the voxels; see `Reference.begin`."""
         n_voxels = len(brightness)
         used = {name: np.asarray(maps[name], float) for name in self._mapped}
         errors = {name: map_error(self.scan, name, values) for name, values in used.items()}
         self._volume.begin(voxel_columns.rows_of_voxels(self._volume.columns, used, errors), n_voxels)
-        order = np.random.default_rng(self._seed).permutation(n_voxels)
-        self._audited = np.sort(order[:N_AUDITED])
+        self._audited = sampled(regions, np.random.default_rng(self._seed))
         self._reference.begin({name: values[self._audited] for name, values in used.items()}, brightness[self._audited])
         self._region = used, brightness
         self._history = [] if n_voxels <= MOST_VOXELS_OF_REFERENCE else None
@@ -254,7 +257,7 @@ class Encoded:
         return voxels if self.source == "reference" or self._sampled is None else self._audited[voxels]
 
     def for_advice(self, info: Info, regions: Sequence[np.ndarray]) -> tuple[Reference, Info, Sequence[np.ndarray]]:
-        """The audited voxels and their exact posteriors; a region without any is left out."""
+        """The audited voxels and their exact posteriors; a region without any, there being more regions than audited voxels, is left out."""
         if self.source == "reference" or self._sampled is None:
             return self._reference, info, regions
         inside = [np.flatnonzero(np.isin(self._audited, region)) for region in regions]
@@ -268,8 +271,8 @@ class Encoded:
         """Encoder against reference on the audited voxels; always the same number, the last one repeated."""
         n = len(self._audited)
         rows = np.minimum(np.arange(N_AUDITED), n - 1)
-        ours = jax.tree.map(lambda leaf: jnp.asarray(leaf[self._audited[rows]]), posterior)
-        m1, m2 = (np.asarray(each)[:n] for each in self._compare(self._key(), ours, jnp.asarray(self._reference.log_posterior(rows))))
+        ours = jax.tree.map(lambda leaf: leaf[self._audited[rows]], posterior)
+        m1, m2 = (np.asarray(each)[:n] for each in self._compare(self._key(), ours, self._reference.log_posterior(rows)))
         over = max(float(np.mean(m1 > agreement.TOO_FAR)), float(np.mean(m2 > agreement.TOO_FAR)))
         return Audit(n_voxels=n, m1_median=_bounded(np.median(m1)), m2_median=_bounded(np.median(m2)), fraction_over_4=over)
 
@@ -304,6 +307,12 @@ class Encoded:
         n_cells = self.prior.box.n_cells
         ours = Gaussian(jnp.zeros((N_AUDITED, 2), jnp.float32), jnp.tile(jnp.asarray([1, 0, 1], jnp.float32), (N_AUDITED, 1)))
         jax.block_until_ready(self._compare(jax.random.PRNGKey(0), ours, jnp.zeros((N_AUDITED, n_cells), jnp.float32)))
+
+
+def sampled(regions: Sequence[Int[np.ndarray, " voxel"]], rng: np.random.Generator) -> Int[np.ndarray, " voxel"]:
+    """Which voxels are audited: drawn at random within each region, so that also a small one has some. Ascending."""
+    shares = design.share_out([len(region) for region in regions], N_AUDITED)
+    return np.unique(np.concatenate([rng.permutation(region)[:share] for region, share in zip(regions, shares, strict=True)]))
 
 
 def map_error(scan: Scan, name: str, values: np.ndarray) -> np.ndarray:

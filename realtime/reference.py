@@ -107,8 +107,10 @@ class Reference:
     def prior(self) -> Prior:
         return self.model.prior
 
-    def begin(self, maps: dict[str, Float[np.ndarray, " voxel"]], brightness: Float[np.ndarray, " voxel"]) -> None:
-        """Fix the region.
+    def begin(
+        self, maps: dict[str, Float[np.ndarray, " voxel"]], brightness: Float[np.ndarray, " voxel"], regions: Sequence[np.ndarray] = ()
+    ) -> None:
+        """Fix the voxels.
 
         Parameters
         ----------
@@ -116,6 +118,8 @@ class Reference:
             Auxiliary values of its voxels, by name and in the scan's units.
         brightness
             Their first image: a block's voxels are of like amplitude, and of like auxiliary values.
+        regions
+            Indices of each region's voxels. The reference treats all alike; the audit of an encoder looks into every region.
 
         Raises
         ------
@@ -172,20 +176,17 @@ class Reference:
 
     def running(self, voxels: Int[np.ndarray, " voxel"], cells: Int[np.ndarray, "voxel draw"]) -> Running:
         """The running sums at some cells of some voxels, for the choice of the next pulse."""
-        n = len(self._coefficients) + 1
         numbers, places = np.divmod(self._where[voxels], BLOCK)
-        at = [likelihood.at_cells(self._sums[number], place, row) for number, place, row in zip(numbers, places, cells, strict=True)]
-        none = np.zeros((n - 1, BLOCK))
-        shifts = [none if (known := self._shifts[number]) is None else np.asarray(known) for number in numbers]
-        gram, projection, energy = (np.stack(each) for each in zip(*at, strict=True))
-        return Running(
-            gram,
-            projection,
-            energy,
-            n_images=float(self._sums[0].n_images),
-            maps=[self._measured_in[number] for number in numbers],
-            shift=np.stack([shift[:, place] for shift, place in zip(shifts, places, strict=True)]),
-        )
+        order = np.argsort(numbers, kind="stable")
+        parts = []
+        for number in np.unique(numbers):
+            here = numbers == number
+            known = self._shifts[number]
+            shift = np.zeros((len(self._coefficients), BLOCK)) if known is None else np.asarray(known)
+            parts.append((*likelihood.at_cells(self._sums[number], places[here], cells[here]), shift[:, places[here]].T))
+        gram, projection, energy, shift = (np.concatenate(each)[np.argsort(order)] for each in zip(*parts, strict=True))
+        maps = [self._measured_in[number] for number in numbers]
+        return Running(gram, projection, energy, float(self._sums[0].n_images), maps, shift)
 
     def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
         """Carry the magnetisation through one repetition, whether or not its image counts; the signals expected at every node."""

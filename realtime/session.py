@@ -288,7 +288,7 @@ class Session:
         maps = {
             AUXILIARIES[role]: auxiliaries[role].pixels.reshape(-1)[index] * to_scan_unit(role, self.scan.larmor_hz_per_ppm) for role in self._roles
         }
-        self._reference.begin(maps, frame.pixels.reshape(-1)[index])
+        self._reference.begin(maps, frame.pixels.reshape(-1)[index], places)
         self._screen.begin(len(index))
         self._energy = np.zeros(len(index))
         warnings.extend(self._outside_range(maps))

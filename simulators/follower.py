@@ -46,6 +46,8 @@ class Followed:
     n_images: int = 0
     log_posterior: Float[np.ndarray, "voxel cell"] | None = None
     """After the latest image, on the lattice."""
+    power: float = 0.0
+    """As in `region.summarise`."""
 
 
 class Place(NamedTuple):
@@ -104,7 +106,8 @@ class Follower:
         ]
         info, log_posterior = jax.tree.map(lambda *leaves: np.concatenate(leaves), *((info, posterior) for _, info, posterior in steps))
         sums = tuple(sums for sums, _, _ in steps)
-        return replace(followed, state=state, sums=sums, n_images=followed.n_images + 1, log_posterior=log_posterior), info
+        n, power = followed.n_images + 1, float(noise.dof) + followed.n_images
+        return replace(followed, state=state, sums=sums, n_images=n, log_posterior=log_posterior, power=power), info
 
     def question(self, followed: Followed, info: Info, prospect: Prospect, noise: NoiseEstimate) -> tuple[Question, Rows, np.ndarray]:
         """What the prospect is asked, all voxels counting the same; and by which weights the draws make up the posterior's mean."""
@@ -113,8 +116,9 @@ class Follower:
         assert followed.log_posterior is not None
         drawn = design.draw(followed.log_posterior, summary.mean, summary.covariance, box, seed)
         size = len(drawn.cells) // len(followed.sums)
-        at = [likelihood.at_cells(followed.sums[voxel // size], voxel % size, row) for voxel, row in enumerate(drawn.cells)]
-        gram, projection, energy = (np.stack(each) for each in zip(*at, strict=True))
+        cells = np.split(drawn.cells, len(followed.sums))
+        at = [likelihood.at_cells(sums, np.arange(size), each) for sums, each in zip(followed.sums, cells, strict=True)]
+        gram, projection, energy = (np.concatenate(each) for each in zip(*at, strict=True))
         n_voxels, n_columns = len(drawn.cells), gram.shape[-1]
         question = Question(
             weights=np.repeat(np.stack([prospect.columns(maps) for maps in followed.measured]), size, axis=0),
@@ -139,7 +143,8 @@ class Follower:
 
     def place(self, followed: Followed, info: Info, truth: Float[np.ndarray, "voxel 2"]) -> Place:
         """Where truths lie."""
-        return Place(*map(np.asarray, self._place(info.summary, followed.log_posterior, jnp.asarray(truth, jnp.float64), self.prior)))
+        at = jnp.asarray(truth, jnp.float64), jnp.asarray(followed.power)
+        return Place(*map(np.asarray, self._place(info.summary, followed.log_posterior, *at, self.prior)))
 
     def _played(self, followed: Followed, block: SaturationBlock, *, first: bool) -> tuple[Magnetisation, Array]:
         played = block.model_copy(update={"t_rec_s": 0.0}) if first else block
@@ -175,10 +180,13 @@ def _foresee(signals, question: Question, rows: Rows, mean_weights):
     return prediction.predict(question, predictive.at_draws(signals, rows), mean_weights)
 
 
-def _place(summary: Summary, log_posterior: LogPosterior, truth: Float[Array, "voxel 2"], prior: Prior) -> tuple[Array, Array]:
-    """By a fine grid over five standard deviations either way, on which the log posterior is interpolated."""
+def _place(
+    summary: Summary, log_posterior: LogPosterior, truth: Float[Array, "voxel 2"], power: Float[Array, ""], prior: Prior
+) -> tuple[Array, Array]:
+    """By a fine grid over five standard deviations either way, interpolated as `region.summarise` does it."""
     box = prior.box
-    posterior = log_posterior.reshape(-1, *box.n_points)
+    relative = log_posterior - jnp.max(log_posterior, axis=1, keepdims=True)
+    misfit = region.to_misfit(relative, power).reshape(-1, *box.n_points)
     share = (jnp.arange(N_FINE) + 0.5) / N_FINE
     positions, at, areas, log_prior = [], [], [], jnp.zeros(len(truth))
     for axis in (0, 1):
@@ -188,8 +196,8 @@ def _place(summary: Summary, log_posterior: LogPosterior, truth: Float[Array, "v
         areas.append(box.slope(axis, positions[axis]) * ((ends[1] - ends[0]) / N_FINE)[:, None])
         at.append(box.position(axis, truth[:, axis])[:, None])
         log_prior = log_prior + jnp.interp(at[axis][:, 0], jnp.arange(box.n_points[axis]), prior.log_density[axis])
-    fine = region.interpolate(posterior, (positions[0], positions[1]))
-    there = region.interpolate(posterior, (at[0], at[1]))[:, 0, 0]
+    fine, there = (region.from_misfit(region.interpolate(misfit, (where[0], where[1])), power) for where in (positions, at))
+    there = there[:, 0, 0]
     top = jnp.max(fine, axis=(1, 2))
     mass = jnp.exp(fine - top[:, None, None]) * areas[0][:, :, None] * areas[1][:, None]
     total = jnp.sum(mass, axis=(1, 2))

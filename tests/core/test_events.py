@@ -1,8 +1,5 @@
 """Whole sequences against the reference arrays beside the scans (../shared/physics)."""
 
-import os
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +9,12 @@ from scansteer.core import bloch_mcconnell as bm
 from scansteer.core import events
 from scansteer.core.tissue import Pool, Tissue
 
-PHYSICS = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).parent / "physics"
-needs_arrays = pytest.mark.skipif(not PHYSICS.is_dir(), reason=f"reference arrays are absent: {PHYSICS} (set SCANSTEER_DATA)")
 WRITER_GAMMA = 42.5764  # Hz/uT, of the scripts that wrote the sequences
 LARG, MOUSE = "larg_9T4", "mouse_mt_cfg7T"
 
 
-def sequence_of(scan):
-    return np.load(PHYSICS / "events" / f"{scan}_events.npz")
+def sequence_of(folder, scan):
+    return np.load(folder / "events" / f"{scan}_events.npz")
 
 
 def make_events(sequence, phase, spoil_after_adc=False):
@@ -67,23 +62,21 @@ def water_signal(states, arrays):
     return np.hypot(states[:, 0], states[:, n])
 
 
-@needs_arrays
 @pytest.mark.parametrize(
     ("scan", "name"),
     [(LARG, "oracle"), (LARG, "b0inhom_p0p1_oracle"), (LARG, "relb1_0p9_oracle"), (MOUSE, "oracle")],
 )
-def test_unspoiled_sequences_meet_the_reference_with_all_their_magnetisation(scan, name):
-    arrays, sequence = np.load(PHYSICS / "mrf" / f"{scan}_{name}.npz"), sequence_of(scan)
+def test_unspoiled_sequences_meet_the_reference_with_all_their_magnetisation(physics_arrays, scan, name):
+    arrays, sequence = np.load(physics_arrays / "mrf" / f"{scan}_{name}.npz"), sequence_of(physics_arrays, scan)
     states = play(arrays, make_events(sequence, sequence["phase_eff_rad"]))
     np.testing.assert_allclose(states, arrays["M_all_exactphase"], atol=1e-7)
     np.testing.assert_allclose(water_signal(states, arrays), arrays["signal_exactphase"], atol=1e-7)
 
 
-@needs_arrays
 @pytest.mark.parametrize("scan", [LARG, MOUSE])
 @pytest.mark.parametrize("spoiled", [False, True])
-def test_nominal_sequences_meet_the_reference_spoiled_and_not(scan, spoiled):
-    arrays, sequence = np.load(PHYSICS / "mrf" / f"{scan}_nominal_oracle.npz"), dict(sequence_of(scan))
+def test_nominal_sequences_meet_the_reference_spoiled_and_not(physics_arrays, scan, spoiled):
+    arrays, sequence = np.load(physics_arrays / "mrf" / f"{scan}_nominal_oracle.npz"), dict(sequence_of(physics_arrays, scan))
     nominal(sequence, arrays)
     accumulated = np.concatenate([[0], np.cumsum(2 * np.pi * sequence["freq_hz"] * sequence["dt_s"] * (sequence["kind"] == 1))[:-1]])
     states = play(arrays, make_events(sequence, sequence["phase_rad"] - accumulated, spoil_after_adc=spoiled))
@@ -100,19 +93,17 @@ def nominal(sequence, arrays):
     sequence["freq_hz"] = np.where(saturates, np.round(sequence["freq_hz"] / hz_per_ppm, 1) * hz_per_ppm, 0)
 
 
-@needs_arrays
 @pytest.mark.parametrize("scan", [LARG, MOUSE])
-def test_integer_degree_phase_gives_what_the_peer_gives(scan):
-    arrays, sequence = np.load(PHYSICS / "mrf" / f"{scan}_opcm.npz"), sequence_of(scan)
+def test_integer_degree_phase_gives_what_the_peer_gives(physics_arrays, scan):
+    arrays, sequence = np.load(physics_arrays / "mrf" / f"{scan}_opcm.npz"), sequence_of(physics_arrays, scan)
     states = play(arrays, make_events(sequence, integer_degree_phase(sequence)))
     np.testing.assert_allclose(water_signal(states, arrays), arrays["signal"], atol=1e-6)
 
 
-@needs_arrays
 @pytest.mark.parametrize("lineshape", ["Lorentzian", "SuperLorentzian"])
 @pytest.mark.parametrize("amide", ["noCEST", "amide"])
-def test_z_only_semisolids_give_what_the_peer_gives(lineshape, amide):
-    arrays, sequence = np.load(PHYSICS / "mrf" / f"{MOUSE}_zMT_{lineshape}_{amide}_opcm.npz"), sequence_of(MOUSE)
+def test_z_only_semisolids_give_what_the_peer_gives(physics_arrays, lineshape, amide):
+    arrays, sequence = np.load(physics_arrays / "mrf" / f"{MOUSE}_zMT_{lineshape}_{amide}_opcm.npz"), sequence_of(physics_arrays, MOUSE)
     ours = {"Lorentzian": "lorentzian", "SuperLorentzian": "super-lorentzian"}[lineshape]
     states = play(arrays, make_events(sequence, integer_degree_phase(sequence)), ours)
     np.testing.assert_allclose(water_signal(states, arrays), arrays["signal"], atol=1e-6)

@@ -40,7 +40,8 @@ def test_prediction_with_an_unknown_amplitude_is_that_of_a_linear_regression():
 def test_a_narrow_posteriors_mean_is_reached_from_its_nearest_cell_along_the_gradient():
     position = np.array([20.3, 30.6])
     mean = np.array([[float(BOX.value(axis, jnp.asarray(position[axis]))) for axis in (0, 1)]])
-    drawn = Draws(*design._about(mean, np.array([[[1e-12, 0.0], [0.0, 1e-6]]]), BOX))
+    narrow = np.array([[[1e-12, 0.0], [0.0, 1e-6]]])
+    drawn = design.draw(np.zeros((1, BOX.n_cells), np.float32), mean, narrow, BOX, 0)
     weights = prediction.mean_weights(drawn, mean, BOX)
     row, column = np.divmod(drawn.cells[0], 56)
     assert weights[0] @ (3.0 * row - 2.0 * column) == pytest.approx(3.0 * 20.3 - 2.0 * 30.6)

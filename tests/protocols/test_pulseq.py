@@ -1,8 +1,6 @@
 """Reading of Pulseq files: every version, shapes packed and timed, and every way of being damaged."""
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,12 +220,8 @@ def test_a_missing_file_is_named():
         pulseq.load("nowhere.seq")
 
 
-PHYSICS = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).parent / "physics"
-
-
-@pytest.mark.skipif(not PHYSICS.is_dir(), reason=f"reference arrays are absent: {PHYSICS} (set SCANSTEER_DATA)")
-def test_every_published_sequence_is_read_without_unpacking_its_blocks():
-    for path in (PHYSICS / "pulseq").glob("*.seq"):
+def test_every_published_sequence_is_read_without_unpacking_its_blocks(physics_arrays):
+    for path in (physics_arrays / "pulseq").glob("*.seq"):
         sequence = pulseq.load(path)
         assert all(block.pulse is None or block.pulse.duration_s.size == 1 for block in sequence.blocks), path.name
         assert sequence.offsets_ppm() is not None

@@ -1,9 +1,7 @@
 """pulseq-cest models and sequences: the published results, BMCTool as an independent simulator, and bad input."""
 
 import json
-import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +11,6 @@ from scansteer.core.errors import InputError
 from scansteer.protocols import pulseq, pulseq_cest
 from scansteer.protocols.pulseq_cest import CestModel, load_model, simulate
 
-PHYSICS = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).parent / "physics" / "pulseq"
-needs_arrays = pytest.mark.skipif(not PHYSICS.is_dir(), reason=f"reference arrays are absent: {PHYSICS} (set SCANSTEER_DATA)")
 TWO_POOLS = {
     "water_pool": {"f": 1.0, "t1": 1.5, "t2": 0.08},
     "cest_pool": {"amide": {"f": 1e-3, "t1": 1.2, "t2": 0.05, "k": 120.0, "dw": 3.5}},
@@ -38,7 +34,6 @@ SEVEN_POOLS = TWO_POOLS | {
 }  # fmt: skip
 
 
-@needs_arrays
 @pytest.mark.parametrize(
     ("name", "tolerance"),
     [
@@ -50,19 +45,20 @@ SEVEN_POOLS = TWO_POOLS | {
         ("WASABI_3T_001_3p7uT_1block_5ms", 1e-7),
     ],
 )
-def test_published_sequences_give_the_published_spectra(name, tolerance):
-    model, arrays = load_model(PHYSICS / "WM_3T_default_7pool_bmsim.yaml"), np.load(PHYSICS / f"{name}.npz")
-    found = simulate(pulseq.load(PHYSICS / f"{name}.seq"), model)
+def test_published_sequences_give_the_published_spectra(physics_arrays, name, tolerance):
+    folder = physics_arrays / "pulseq"
+    model, arrays = load_model(folder / "WM_3T_default_7pool_bmsim.yaml"), np.load(folder / f"{name}.npz")
+    found = simulate(pulseq.load(folder / f"{name}.seq"), model)
     np.testing.assert_allclose(found["mz_water"], arrays["Mz_water"], atol=tolerance)
     np.testing.assert_allclose(found["mz_water"], arrays["Mz_ref_published"], atol=5e-5)
     np.testing.assert_allclose(found["offset_ppm"], arrays["offsets_ppm"])
 
 
-@needs_arrays
 @pytest.mark.parametrize("case", [1, 3, 4])
-def test_the_simulation_challenge_is_met(case):
-    reference = json.loads((PHYSICS / "bmsim_reference.json").read_text())[f"case_{case}"]
-    found = simulate(pulseq.load(PHYSICS / f"bmsim_case_{case}.seq"), load_model(PHYSICS / f"bmsim_case_{case}.yaml"))
+def test_the_simulation_challenge_is_met(physics_arrays, case):
+    folder = physics_arrays / "pulseq"
+    reference = json.loads((folder / "bmsim_reference.json").read_text())[f"case_{case}"]
+    found = simulate(pulseq.load(folder / f"bmsim_case_{case}.seq"), load_model(folder / f"bmsim_case_{case}.yaml"))
     np.testing.assert_allclose(found["mz_water"][1:], reference["Mz"], atol=1e-7)
 
 

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from pydantic import BaseModel
@@ -108,6 +109,19 @@ class Service:
         self._thread.join(20)
         assert not self._thread.is_alive()
         self.server.close()
+
+
+@pytest.fixture(scope="session")
+def compilations() -> list[str]:
+    """What JAX has compiled since this was first asked for; grows."""
+    seen: list[str] = []
+
+    def note(event: str, *_: object, **__: object) -> None:
+        if "compile" in event:
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    return seen
 
 
 @pytest.fixture

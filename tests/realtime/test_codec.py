@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scansteer.realtime import codec, messages
-from scansteer.realtime.codec import ProtocolError, decode, decode_arrays, encode, encode_answer, encode_arrays
+from scansteer.realtime.codec import AnswerEncoder, ProtocolError, decode, decode_arrays, encode, encode_arrays
 from scansteer.realtime.messages import ArraySpec, Image, Maps, Open, Ping
 
 PULSE = messages.PlayedPulse(b1_ut=2.0, offset_ppm=3.0, t_sat_s=1.0, t_rec_s=0.5)
@@ -137,7 +137,7 @@ def test_a_refusal_names_the_request_when_it_can_be_read():
 @pytest.mark.parametrize("duplicate", [True, False])
 def test_a_short_cut_to_an_answer_gives_the_same_message(duplicate):
     values = {"request_id": 7, "session_id": "s", "sequence_number": 3, "repetition": 2, "duplicate": duplicate}
-    assert decode(encode_answer(messages.Accepted, **values))[0] == messages.Accepted(**values)
+    assert decode(AnswerEncoder(messages.Accepted)(**values))[0] == messages.Accepted(**values)
 
 
 def test_arrays_survive_the_round_trip():

@@ -9,7 +9,7 @@ from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols import forward
 from scansteer.protocols.builtin import BUILTIN
 from scansteer.realtime import encoder_file
-from scansteer.realtime.encoded import Encoded, Volume, map_error
+from scansteer.realtime.encoded import N_AUDITED, Encoded, Volume, map_error, sampled
 
 MOUSE = BUILTIN["mt-mouse-7T-30"]
 
@@ -50,13 +50,21 @@ def test_a_voxel_is_answered_bit_for_bit_alike_alone_and_among_others(volume):
             np.testing.assert_array_equal(ours[0], theirs[place])
 
 
+def test_every_region_is_audited_however_small():
+    regions = [np.arange(5000), np.arange(5000, 5007), np.arange(5007, 5008)]
+    audited = sampled(regions, np.random.default_rng(0))
+    assert len(np.unique(audited)) == len(audited) <= N_AUDITED
+    assert [np.isin(region, audited).any() for region in regions] == [True, True, True]
+    np.testing.assert_array_equal(sampled([np.arange(9)], np.random.default_rng(0)), np.arange(9))
+
+
 @pytest.mark.long
 def test_an_encoder_that_disagrees_hands_over_to_the_reference(trained):
     engine = Encoded(MOUSE, ["t1_s", "t2_s"], trained)
     rng = np.random.default_rng(3)
     maps = {"t1_s": rng.uniform(1.3, 1.9, 40), "t2_s": rng.uniform(0.04, 0.06, 40)}
     signals = 1000 * rng.uniform(0.4, 0.6, (5, 40))
-    engine.begin(maps, signals[0])
+    engine.begin(maps, signals[0], [np.arange(40)])
     for n, signal in enumerate(signals[:3]):
         engine.absorb(signal, NoiseEstimate(20.0, 100.0), MOUSE.schedule[n], first=n == 0)
     assert engine.audit is not None

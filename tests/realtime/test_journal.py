@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path, monkeypatch):
 
 def test_records_that_are_written_together_are_there_together_or_not_at_all(path, monkeypatch):
     book = Journal.create(path)
-    records = [Record([b"image", bytes([number]) * 50], zlib.crc32(bytes([number]) * 50)) for number in range(3)]
+    records = [Record((b"image", bytes([number]) * 50), (zlib.crc32(b"image"), zlib.crc32(bytes([number]) * 50))) for number in range(3)]
     assert [entry.sequence for entry in book.append_all(records)] == [0, 1, 2]
     really_write = os.pwritev
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,21 +18,18 @@ from scansteer.realtime.session import Session
 from scansteer.realtime.sources import open_source
 from scansteer.realtime.worker import Setup
 
-DATA = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 VIALS = ((24, 18), (25, 44), (44, 30))
-
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real scans in {DATA}; set SCANSTEER_DATA")
 
 
 class Replay:
     """A scan replayed over the publishers' mask."""
 
-    def __init__(self, file: str, scan: Scan, n_images: int | None = None) -> None:
-        self.truth = dict(np.load(DATA / f"{file}.truth.npz"))
+    def __init__(self, folder: Path, file: str, scan: Scan, n_images: int | None = None) -> None:
+        self.truth = dict(np.load(folder / f"{file}.truth.npz"))
         self.scan = scan
         self.decisions: list[Decision] = []
         self.estimates, self.halfwidths = [], []
-        with open_source(DATA / f"{file}.h5") as source:
+        with open_source(folder / f"{file}.h5") as source:
             auxiliaries = {stored.frame.role: stored.frame for stored in source.auxiliaries()}
             frames = [stored.frame for stored in source.images()][:n_images]
         mask = Frame(self.truth["mask"][None].astype(float), frames[0].geometry, role="mask")
@@ -55,13 +51,13 @@ class Replay:
 
 
 @pytest.fixture(scope="module")
-def phantom() -> Replay:
-    return Replay("larg_phantom_9T4", load("larg-phantom-9.4T"))
+def phantom(real_scans: Path) -> Replay:
+    return Replay(real_scans, "larg_phantom_9T4", load("larg-phantom-9.4T"))
 
 
 @pytest.fixture(scope="module")
-def mouse() -> Replay:
-    return Replay("mouse_mt_7T", load("mt-mouse-7T-30"))
+def mouse(real_scans: Path) -> Replay:
+    return Replay(real_scans, "mouse_mt_7T", load("mt-mouse-7T-30"))
 
 
 def test_phantom_meets_its_publishers_medians(phantom):
@@ -97,16 +93,16 @@ def test_mouse_errors_of_stopping_early_lie_within_the_intervals(mouse):
     assert mouse.bounded().min() >= 0.85
 
 
-def test_first_images_alone_give_the_same_decisions(phantom):
-    again = Replay("larg_phantom_9T4", phantom.scan, n_images=6)
+def test_first_images_alone_give_the_same_decisions(phantom, real_scans):
+    again = Replay(real_scans, "larg_phantom_9T4", phantom.scan, n_images=6)
     timed = {"latency_ms", "margin_ms"}
     expected = [decision.model_dump(exclude=timed) for decision in phantom.decisions[:6]]
     assert [decision.model_dump(exclude=timed) for decision in again.decisions] == expected
 
 
 @pytest.mark.long
-def test_wide_description_of_the_phantom_bounds_its_errors():
-    wide = Replay("larg_phantom_9T4", load("larg-phantom-9.4T-wide"))
+def test_wide_description_of_the_phantom_bounds_its_errors(real_scans):
+    wide = Replay(real_scans, "larg_phantom_9T4", load("larg-phantom-9.4T-wide"))
     assert np.all(wide.bounded().mean(axis=0) >= 0.95)
     assert wide.bounded().min() >= 0.85
     assert all(decision.lack_of_fit.passed for decision in wide.decisions)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -14,11 +12,9 @@ from scansteer.core.errors import InputError
 from scansteer.protocols.builtin import BUILTIN
 from scansteer.realtime import encoded, encoder_file
 from scansteer.realtime.replay import Options, replay_file, session_maker
+from scansteer.realtime.session import Session
 
-DATA = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 MOUSE, PHANTOM = BUILTIN["mt-mouse-7T-30"], BUILTIN["larg-phantom-9.4T"]
-
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real scans in {DATA}; set SCANSTEER_DATA")
 
 
 class Made:
@@ -79,9 +75,18 @@ def test_an_encoder_file_is_not_for_somebody_elses_service(tmp_path):
         replay_file(tmp_path / "scan.h5", MOUSE, tmp_path, Options(connect="tcp://127.0.0.1:1", encoder="mine.encoder"))
 
 
-@needs_data
-def test_a_replayed_mouse_is_answered_by_its_encoder_and_audited(tmp_path):
-    replay_file(DATA / "mouse_mt_7T.h5", MOUSE, tmp_path, Options(images=3))
+def test_a_replayed_mouse_is_answered_by_its_encoder_and_audited(real_scans, tmp_path, monkeypatch, compilations):
+    compiled: list[int] = []
+
+    def absorb(self: Session, *args, absorb=Session.absorb, **kwargs):
+        before = len(compilations)
+        decision = absorb(self, *args, **kwargs)
+        compiled.append(len(compilations) - before)
+        return decision
+
+    monkeypatch.setattr(Session, "absorb", absorb)
+    replay_file(real_scans / "mouse_mt_7T.h5", MOUSE, tmp_path, Options(images=3))
+    assert compiled == [0, 0, 0]
     decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
     assert [decision["posterior_source"] for decision in decisions] == ["encoder"] * 3
     for decision in decisions:
@@ -92,9 +97,8 @@ def test_a_replayed_mouse_is_answered_by_its_encoder_and_audited(tmp_path):
     assert np.mean((drawn[inside] >= lower[inside]) & (drawn[inside] <= upper[inside])) == pytest.approx(0.95, abs=0.03)  # 1 500 voxels
 
 
-@needs_data
 @pytest.mark.long
-def test_a_replay_without_encoder_is_the_references(tmp_path):
-    replay_file(DATA / "mouse_mt_7T.h5", MOUSE, tmp_path, Options(images=2, encoder="none"))
+def test_a_replay_without_encoder_is_the_references(real_scans, tmp_path):
+    replay_file(real_scans / "mouse_mt_7T.h5", MOUSE, tmp_path, Options(images=2, encoder="none"))
     decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
     assert [(decision["posterior_source"], decision["audit"]) for decision in decisions] == [("reference", None)] * 2

@@ -1,6 +1,5 @@
 """Regions of interest: the automatic foreground, and labels drawn by a person."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from scansteer.realtime.maps import write_volume
 from scansteer.realtime.roi import automatic, from_frame, from_labels
 from scansteer.realtime.sources import open_source
 
-DATA = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[3] / "shared" / "data"))
 Y, X = np.mgrid[:32, :40]
 BRIGHT = (Y - 10) ** 2 + (X - 12) ** 2 < 36
 DARK = (Y - 22) ** 2 + (X - 28) ** 2 < 36  # saturated to under half of the bright one
@@ -64,12 +62,10 @@ def test_an_object_that_fills_the_picture_is_kept_whole() -> None:
 
 
 @pytest.mark.parametrize("name", ["larg_phantom_9T4", "mouse_mt_7T"])
-def test_the_truth_masks_of_real_scans_are_covered(name: str) -> None:
-    if not (DATA / f"{name}.h5").is_file():
-        pytest.skip(f"{name}.h5 is not in {DATA} (SCANSTEER_DATA)")
-    with np.load(DATA / f"{name}.truth.npz") as truth:
+def test_the_truth_masks_of_real_scans_are_covered(real_scans: Path, name: str) -> None:
+    with np.load(real_scans / f"{name}.truth.npz") as truth:
         mask = truth["mask"]
-    with open_source(DATA / f"{name}.h5") as source:
+    with open_source(real_scans / f"{name}.h5") as source:
         first = source.first()
         assert first is not None
         maps = {stored.frame.role: stored.frame.pixels for stored in source.auxiliaries()}

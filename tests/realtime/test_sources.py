@@ -1,7 +1,6 @@
 """Stored scans: HDF5 and stream, in order, with their maps; cut-off files; files that do not fit the scan."""
 
 import io
-import os
 import struct
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from scansteer.protocols.builtin import BUILTIN
 from scansteer.realtime.images import decode_frame
 from scansteer.realtime.sources import check_against, open_source
 
-DATA = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SCAN = BUILTIN["larg-phantom-9.4T"]
 XML = b"""<?xml version="1.0"?><ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD"><acquisitionSystemInformation>
 <systemFieldStrength_T>9.4</systemFieldStrength_T></acquisitionSystemInformation><sequenceParameters><TR>4000</TR>
@@ -259,9 +257,7 @@ def test_headers_that_say_nothing_are_warned_about(tmp_path: Path, xml: bytes | 
 
 
 @pytest.mark.parametrize(("name", "maps"), [("larg_phantom_9T4", []), ("mouse_mt_7T", ["t1", "t2"])])
-def test_real_scans_are_read(name: str, maps: list[str]) -> None:
-    if not (DATA / f"{name}.h5").is_file():
-        pytest.skip(f"{name}.h5 is not in {DATA} (SCANSTEER_DATA)")
-    with open_source(DATA / f"{name}.h5") as source:
+def test_real_scans_are_read(real_scans: Path, name: str, maps: list[str]) -> None:
+    with open_source(real_scans / f"{name}.h5") as source:
         assert [one.frame.role for one in source.auxiliaries()] == maps
         assert [stored.frame.repetition for stored in source.images()] == list(range(30))

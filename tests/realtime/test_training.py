@@ -9,10 +9,10 @@ from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols.builtin import BUILTIN
 from scansteer.realtime import encoder_file, training
 from scansteer.realtime.recording import Recording
-from scansteer.realtime.training import Settings, mapped_names, train
+from scansteer.realtime.training import Settings, mapped_names, train, weights_of
 
 PHANTOM, MOUSE = BUILTIN["larg-phantom-9.4T"], BUILTIN["mt-mouse-7T-30"]
-SHORT = Settings(seed=3, n_scans=2, n_groups=1, n_steps=20, batch=64, n_calibration_scans=1)
+SHORT = Settings(seed=3, n_scans=2, n_groups=1, n_short_scans=2, n_steps=20, batch=64, n_calibration_scans=1)
 
 
 def recorded(maps) -> Recording:
@@ -23,16 +23,42 @@ def recorded(maps) -> Recording:
 
 def test_maps_are_those_of_the_files_unless_named():
     of_file = recorded({"t1_s": np.ones(40), "t2_s": np.ones(40)})
-    assert mapped_names(MOUSE, None, [of_file]) == ("t1_s", "t2_s")
-    assert mapped_names(MOUSE, ("t1",), [of_file]) == ("t1_s",)
-    assert mapped_names(MOUSE, None, []) == ()
+    assert mapped_names(None, [of_file]) == ("t1_s", "t2_s")
+    assert mapped_names(("t1",), [of_file]) == ("t1_s",)
+    assert mapped_names(None, []) == ()
+
+
+def test_without_names_the_maps_are_those_of_the_weights_to_start_from():
+    start = weights_of("shipped", MOUSE)
+    assert mapped_names(None, [], start) == ("t1_s", "t2_s")
+    with pytest.raises(InputError, match=r"one\.h5 has no map of t2_s"):
+        mapped_names(None, [recorded({"t1_s": np.ones(40)})], start)
+
+
+def test_a_run_starts_from_weights_of_its_own_scan_alone(tmp_path):
+    with pytest.raises(InputError, match="belongs to scan 'mt-mouse-7T-30', whose field_t"):
+        train(PHANTOM, (), tmp_path / "none.encoder", SHORT, start=weights_of("shipped", MOUSE))
+    with pytest.raises(InputError, match=r"No encoder is shipped for scan 'larg-phantom-9\.4T-wide'"):
+        weights_of("shipped", BUILTIN["larg-phantom-9.4T-wide"])
+    with pytest.raises(InputError, match="Cannot read encoder"):
+        weights_of(str(tmp_path / "absent.encoder"), PHANTOM)
+
+
+def test_few_images_are_drawn_more_often():
+    count = np.repeat(np.arange(1.0, 31.0), 100)
+    power = 0.7
+    places = training.drawn(np.random.default_rng(0), training.shares(count, power), 200_000)
+    seen = np.bincount(count[places].astype(int), minlength=31)[1:] / len(places)
+    expected = np.maximum(np.arange(1, 31), 3.0) ** -power
+    np.testing.assert_allclose(seen, expected / expected.sum(), rtol=0.05)  # 3 sd of the rarest
+    assert places.max() < len(count)
 
 
 def test_a_file_without_the_named_map_is_refused():
     with pytest.raises(InputError, match=r"one\.h5 has no map of b1_relative"):
-        mapped_names(MOUSE, ("b1",), [recorded({"t1_s": np.ones(40)})])
+        mapped_names(("b1",), [recorded({"t1_s": np.ones(40)})])
     with pytest.raises(InputError, match="--mapped names 'flow'"):
-        mapped_names(MOUSE, ("flow",), [])
+        mapped_names(("flow",), [])
 
 
 @pytest.mark.long
@@ -53,3 +79,15 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
     assert not path.with_name(path.name + training.CHECKPOINT_SUFFIX).exists()
     assert encoder_file.load(path).about["measured"] == ["one.h5"]
+
+
+@pytest.mark.long
+def test_a_run_from_trained_weights_keeps_their_basis_and_is_better_than_one_from_nothing(tmp_path):
+    start = weights_of("shipped", PHANTOM)
+    settings = Settings(seed=3, n_scans=2, n_groups=1, n_short_scans=2, n_steps=20, batch=64, n_calibration_scans=1, learning_rate=1e-4)
+    trained = train(PHANTOM, (), tmp_path / "further.encoder", settings, start=start)
+    np.testing.assert_array_equal(trained.encoder.basis.functions, start.encoder.basis.functions)
+    assert trained.about["start"] == training.digest(start)
+    from_nothing = train(PHANTOM, (), tmp_path / "short.encoder", settings)
+    for further, nothing in zip(trained.about["calibration"], from_nothing.about["calibration"], strict=True):
+        assert further["divergence_median"] < 0.5 * nothing["divergence_median"]
