@@ -74,6 +74,7 @@ log = logging.getLogger("scansteer.broker")
 
 VERSION = importlib.metadata.version("scansteer")
 
+_TAKEN = frozenset(REQUESTS)
 _MAX_MAPS_WANTED = 16
 _WARMING = ""
 """In the place of a session's name, for jobs that belong to none."""
@@ -250,7 +251,7 @@ class Broker:
         raise _not_taken(message)
 
     def _session(self, message: SessionMessage) -> HostedSession:
-        if type(message) not in REQUESTS:
+        if type(message) not in _TAKEN:
             raise _not_taken(message)
         session = self.sessions.get(message.session_id)
         if session is None:

@@ -6,8 +6,7 @@ number of frames, sizes, envelope, version, kind, fields, number and sizes of bo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgpack
@@ -34,7 +33,10 @@ MAX_ENVELOPE_BYTES = 2**20
 MAX_BODIES = 64
 MAX_BODY_BYTES = 2**28
 
-_KINDS: dict[str, type[WireMessage]] = {model.model_fields["kind"].default: model for model in (*REQUESTS, *REPLIES)}
+_VALIDATORS: dict[str, Callable[[dict[str, Any]], WireMessage]] = {
+    model.model_fields["kind"].default: model.__pydantic_validator__.validate_python for model in (*REQUESTS, *REPLIES)
+}
+"""What `model_validate` calls, by kind."""
 
 
 class ProtocolError(InputError):
@@ -52,15 +54,16 @@ def encode(message: WireMessage, bodies: Iterable[Bytes] = ()) -> list[Bytes]:
     return [envelope, *bodies]
 
 
-def encode_answer(kind: type[WireMessage], **values: Any) -> list[Bytes]:
-    """The frames of a message whose values were checked already: `encode(kind(**values))` in a fraction of the time."""
-    envelope: bytes = msgpack.packb({**_defaults(kind), **values})  # type: ignore[assignment]
-    return [envelope]
+class AnswerEncoder:
+    """Encodes messages of one kind whose values were checked already, in a fraction of the time of `encode`. One thread uses it."""
 
+    def __init__(self, kind: type[WireMessage]) -> None:
+        self._defaults = {name: field.default for name, field in kind.model_fields.items() if not field.is_required()}
+        self._packer = msgpack.Packer()
 
-@cache
-def _defaults(kind: type[WireMessage]) -> dict[str, Any]:
-    return {name: field.default for name, field in kind.model_fields.items() if not field.is_required()}
+    def __call__(self, **values: Any) -> list[Bytes]:
+        """The frames of `encode(kind(**values))`."""
+        return [self._packer.pack(self._defaults | values)]
 
 
 def decode(frames: Sequence[Bytes], *, max_body_bytes: int = MAX_BODY_BYTES) -> tuple[WireMessage, Sequence[Bytes]]:
@@ -73,21 +76,12 @@ def decode(frames: Sequence[Bytes], *, max_body_bytes: int = MAX_BODY_BYTES) -> 
     """
     _check_sizes(frames, max_body_bytes)
     fields = _unpack(frames[0])
-    request_id = _legible_request_id(fields)
-    if fields.get("protocol") != PROTOCOL_VERSION:
-        raise ProtocolError(
-            "version",
-            f"Protocol version {_shown(fields.get('protocol'))} is not spoken here, only {PROTOCOL_VERSION}.",
-            request_id,
-        )
-    kind = fields.get("kind")
-    model = _KINDS.get(kind) if isinstance(kind, str) else None
-    if model is None:
-        raise ProtocolError("unknown-kind", f"There is no message of kind {_shown(kind)}.", request_id)
+    validate = _validator(fields)
     try:
-        message = model.model_validate(fields)
+        message = validate(fields)
     except ValidationError as error:
-        raise ProtocolError("malformed", f"Message {kind!r}: {explain(error)}"[:1000], request_id) from error
+        reason = f"Message {fields['kind']!r}: {explain(error)}"[:1000]
+        raise ProtocolError("malformed", reason, _legible_request_id(fields)) from error
     bodies = frames[1:]
     _check_bodies(message, bodies)
     return message, bodies
@@ -110,11 +104,11 @@ def decode_arrays(specs: Sequence[ArraySpec], bodies: Sequence[Bytes]) -> dict[s
 def _check_sizes(frames: Sequence[Bytes], max_body_bytes: int) -> None:
     if not 1 <= len(frames) <= 1 + MAX_BODIES:
         raise ProtocolError("malformed", f"A message has 1 to {1 + MAX_BODIES} frames, got {len(frames)}.")
-    envelope, *bodies = map(len, frames)
-    if envelope > MAX_ENVELOPE_BYTES:
-        raise ProtocolError("too-large", f"The envelope has {envelope} bytes, more than the {MAX_ENVELOPE_BYTES} accepted.")
-    if bodies and max(bodies) > max_body_bytes:
-        raise ProtocolError("too-large", f"A body has {max(bodies)} bytes, more than the {max_body_bytes} accepted.")
+    if len(frames[0]) > MAX_ENVELOPE_BYTES:
+        raise ProtocolError("too-large", f"The envelope has {len(frames[0])} bytes, more than the {MAX_ENVELOPE_BYTES} accepted.")
+    for body in frames[1:]:
+        if len(body) > max_body_bytes:
+            raise ProtocolError("too-large", f"A body has {len(body)} bytes, more than the {max_body_bytes} accepted.")
 
 
 def _unpack(envelope: Bytes) -> dict[str, Any]:
@@ -125,6 +119,19 @@ def _unpack(envelope: Bytes) -> dict[str, Any]:
     if not isinstance(fields, dict) or not _STRINGS.issuperset(map(type, fields)):
         raise ProtocolError("malformed", "The envelope is not a mapping of field names.")
     return fields
+
+
+def _validator(fields: dict[str, Any]) -> Callable[[dict[str, Any]], WireMessage]:
+    """For the kind that an envelope names, once its version is one that is spoken."""
+    if fields.get("protocol") != PROTOCOL_VERSION:
+        version = _shown(fields.get("protocol"))
+        reason = f"Protocol version {version} is not spoken here, only {PROTOCOL_VERSION}."
+        raise ProtocolError("version", reason, _legible_request_id(fields))
+    kind = fields.get("kind")
+    validate = _VALIDATORS.get(kind) if isinstance(kind, str) else None
+    if validate is None:
+        raise ProtocolError("unknown-kind", f"There is no message of kind {_shown(kind)}.", _legible_request_id(fields))
+    return validate
 
 
 def _legible_request_id(fields: dict[str, Any]) -> int:

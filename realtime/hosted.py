@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from scansteer.realtime.messages import (
 )
 from scansteer.realtime.order import Sequencer
 from scansteer.realtime.received import Received
+from scansteer.realtime.request import Request
 from scansteer.realtime.session_folder import SessionFolder
 from scansteer.realtime.worker import (
     Actor,
@@ -70,7 +72,7 @@ class Arrival(NamedTuple):
     """An image that was checked and is not written down yet."""
 
     message: Image
-    frames: Sequence[Bytes]
+    request: Request
     received_at: float
     """`time.perf_counter()`."""
 
@@ -190,12 +192,16 @@ class HostedSession:
         ProtocolError, JournalError
             There is no room for them; nothing has changed.
         """
-        records = [Record(arrival.frames, arrival.message.crc32) for arrival in arrivals]
-        self._check_room(sum(len(frame) for record in records for frame in record.frames))
+        records: list[Record] = []
+        n_bytes = 0
+        for message, (_, (envelope, body), _), _ in arrivals:
+            records.append(Record((envelope, body), (zlib.crc32(envelope), message.crc32)))
+            n_bytes += len(envelope) + len(body)
+        self._check_room(n_bytes)
         entries = self._journal.append_all(records)
-        for arrival, entry in zip(arrivals, entries, strict=True):
-            self.times.received[arrival.message.repetition] = arrival.received_at
-            self._apply_image(arrival.message, entry)
+        for (message, _, received_at), entry in zip(arrivals, entries, strict=True):
+            self.times.received[message.repetition] = received_at
+            self._apply_image(message, entry)
         self._give()
         return entries
 

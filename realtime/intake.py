@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from scansteer.realtime.codec import Bytes, ProtocolError, encode_answer
+from scansteer.realtime.codec import AnswerEncoder, Bytes, ProtocolError
 from scansteer.realtime.hosted import Arrival, HostedSession
-from scansteer.realtime.journal import JournalError
+from scansteer.realtime.journal import Entry, JournalError
 from scansteer.realtime.messages import Accepted, Image
 from scansteer.realtime.metrics import Metrics
 from scansteer.realtime.outbox import Outbox, Outgoing, to
@@ -28,7 +28,8 @@ class Intake:
         self._metrics = metrics
         self._refuse = refuse
         self._session: HostedSession | None = None
-        self._arrivals: list[tuple[Arrival, Request]] = []
+        self._arrivals: list[Arrival] = []
+        self._encode_accepted = AnswerEncoder(Accepted)
 
     def take(self, session: HostedSession, message: Image, body: Bytes, request: Request) -> None:
         """Check an image; it is written down with the next `write`.
@@ -38,7 +39,7 @@ class Intake:
         ProtocolError
             It cannot belong to the session.
         """
-        arrival = Arrival(message, request.frames, time.perf_counter())
+        received_at = time.perf_counter()
         if not self._goes_along(session, message):
             self.write()
         session.attendance.source = request.identity
@@ -50,7 +51,7 @@ class Intake:
             return
         session.check_image(message, body)
         self._session = session
-        self._arrivals.append((arrival, request))
+        self._arrivals.append(Arrival(message, request, received_at))
 
     def write(self) -> None:
         """Write down what was taken, and let it take effect; the answers are held until it is durable."""
@@ -59,35 +60,34 @@ class Intake:
             return
         self._session, self._arrivals = None, []
         try:
-            entries = session.add_images([arrival for arrival, _ in arrivals])
+            entries = session.add_images(arrivals)
         except Exception as error:  # whatever it is, it must not end the service for all
             self._not_written(arrivals, refusal_of(error))
             return
-        for (arrival, request), entry in zip(arrivals, entries, strict=True):
-            self._accept(arrival.message, request, entry.sequence)
+        answers = [self._accepted(arrival, entry) for arrival, entry in zip(arrivals, entries, strict=True)]
+        self._outbox.hold(session.opening.session_id, *answers)
         self._metrics.images += len(arrivals)
 
     def _goes_along(self, session: HostedSession, message: Image) -> bool:
         """Whether an image can be judged without knowing what those before it change: not the first one, none sent twice."""
         if session is not self._session:
             return False
-        latest = self._arrivals[-1][0].message
+        latest = self._arrivals[-1].message
         alike = message.role == latest.role and message.series == latest.series and message.set == latest.set
         return alike and (message.repetition, message.slice) > (latest.repetition, latest.slice)
 
-    def _accept(self, message: Image, request: Request, sequence_number: int) -> None:
-        accepted = encode_answer(
-            Accepted,
+    def _accepted(self, arrival: Arrival, entry: Entry) -> Outgoing:
+        message, request, _ = arrival
+        accepted = self._encode_accepted(
             request_id=message.request_id,
             session_id=message.session_id,
-            sequence_number=sequence_number,
+            sequence_number=entry.sequence,
             repetition=message.repetition,
         )
-        self._outbox.hold(message.session_id, Outgoing(request.identity, accepted))
+        return Outgoing(request.identity, accepted)
 
-    def _not_written(self, arrivals: list[tuple[Arrival, Request]], error: ProtocolError) -> None:
-        for arrival, request in arrivals:
-            message = arrival.message
+    def _not_written(self, arrivals: list[Arrival], error: ProtocolError) -> None:
+        for message, request, _ in arrivals:
             self._outbox.hold(message.session_id, self._refuse(request.identity, message.request_id, message.session_id, error))
 
 

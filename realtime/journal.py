@@ -58,14 +58,8 @@ class Record(NamedTuple):
     """Frames to be written down together."""
 
     frames: Sequence[Bytes]
-    body_crc32: int | None = None
-    """CRC-32 of the second of two frames, where it has been computed already."""
-
-    def checksums(self) -> tuple[int, ...]:
-        if self.body_crc32 is None:
-            return tuple(map(zlib.crc32, self.frames))
-        envelope, _ = self.frames
-        return zlib.crc32(envelope), self.body_crc32
+    checksums: tuple[int, ...]
+    """CRC-32 of every frame."""
 
 
 class Damage(NamedTuple):
@@ -127,7 +121,7 @@ class Journal:
 
     def append(self, frames: Sequence[Bytes]) -> Entry:
         """Write one record at the end; see `append_all`."""
-        return self.append_all([Record(frames)])[0]
+        return self.append_all([Record(frames, tuple(map(zlib.crc32, frames)))])[0]
 
     def append_all(self, records: Sequence[Record]) -> list[Entry]:
         """Write records at the end, with one call: all or none. Not durable before `sync` returned.
@@ -144,10 +138,11 @@ class Journal:
         entries: list[Entry] = []
         parts: list[Bytes] = []
         end = self.end
-        for sequence, record in enumerate(records, start=self.next_sequence):
-            entry = Entry(sequence, end, tuple(map(len, record.frames)), record.checksums())
+        for sequence, (frames, checksums) in enumerate(records, start=self.next_sequence):
+            entry = Entry(sequence, end, tuple(map(len, frames)), checksums)
             head = _head(entry)
-            parts += [head, *record.frames]
+            parts.append(head)
+            parts += frames
             entries.append(entry)
             end += len(head) + sum(entry.lengths)
         self._write(end, self.end, parts)

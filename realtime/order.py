@@ -75,13 +75,8 @@ class Sequencer:
     def gaps(self, limit: int = 64) -> tuple[int, ...]:
         """The first repetitions that are missing although a later one is here."""
         latest = max(self._images, default=-1)
-        found: list[int] = []
-        for repetition in range(self.next_repetition, latest):
-            if not self._is_complete(repetition) and repetition not in self._missing:
-                found.append(repetition)
-                if len(found) == limit:
-                    break
-        return tuple(found)
+        complete = {repetition for repetition, slices in self._images.items() if len(slices) == self.n_slices}
+        return tuple(sorted(set(range(self.next_repetition, latest)) - complete - self._missing)[:limit])
 
     def give_up_gaps(self) -> None:
         """Declare everything missing that others wait for (the session is being closed)."""

@@ -32,8 +32,7 @@ class Outbox:
     def hold(self, session_id: str, *outgoing: Outgoing) -> list[Outgoing]:
         """Keep answers back; there is nothing to send now."""
         self.dirty.add(session_id)
-        for out in outgoing:
-            self._held.append((session_id, out))
+        self._held += [(session_id, out) for out in outgoing]
         return []
 
     def release(self, failed: Collection[str]) -> tuple[list[Outgoing], list[tuple[str, Outgoing]]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from scansteer.core.errors import InputError
 from scansteer.realtime.codec import Bytes, ProtocolError
 from scansteer.realtime.config import Limits
@@ -12,13 +10,6 @@ from scansteer.realtime.images import decode_frame
 from scansteer.realtime.journal import Entry
 from scansteer.realtime.messages import Accepted, Image
 from scansteer.realtime.worker import SideImages
-
-
-class ImageRecord(NamedTuple):
-    """An accepted image, as far as it is remembered."""
-
-    sequence: int
-    crc32: int
 
 
 class Received:
@@ -31,7 +22,7 @@ class Received:
         """Images of the series were given to the posterior: maps come too late."""
         self._n_slices = n_slices
         self._limits = limits
-        self._records: dict[tuple[str, int, int, int, int], ImageRecord] = {}
+        self._records: dict[tuple[str, int, int, int, int], Entry] = {}
         self._dynamic: tuple[int, int] | None = None
         self._side: dict[str, dict[int, Entry]] = {}
         self._new_masks: dict[tuple[int, int, int], int] = {}
@@ -51,7 +42,8 @@ class Received:
         known = self._records.get(_identity(message))
         if known is None:
             return None
-        if known.crc32 != message.crc32:
+        _, checksum_of_body = known.checksums
+        if checksum_of_body != message.crc32:
             raise ProtocolError(
                 "conflict",
                 f"Another image of repetition {message.repetition} (series {message.series}, slice {message.slice}, "
@@ -87,7 +79,7 @@ class Received:
 
     def add(self, message: Image, entry: Entry) -> None:
         """Remember an image that is written down."""
-        self._records[_identity(message)] = ImageRecord(entry.sequence, message.crc32)
+        self._records[_identity(message)] = entry
         if message.role == "image":
             self._dynamic = self._dynamic or (message.series, message.set)
         else:

@@ -39,6 +39,8 @@ _BATCH_BYTES = 2**18
 """Messages, or bytes, taken before the journals are made durable once for all of them: few enough to be in the cache still."""
 _LARGE_BYTES = 2**16
 _STOP_TIMEOUT_S = 10.0
+_LAST = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 class Server:
@@ -200,9 +202,9 @@ class Server:
         for identity, frames in outgoing:
             try:
                 if identity is None:
-                    self._publisher.send_multipart(frames, zmq.NOBLOCK)
+                    _send_frames(self._publisher, frames)
                 else:
-                    self._router.send_multipart([identity, *frames], zmq.NOBLOCK)
+                    _send_frames(self._router, [identity, *frames])
             except zmq.Again:
                 self.broker.metrics.refused("busy")
 
@@ -259,6 +261,14 @@ def _spare_the_collector() -> None:
     """What was imported stays: no need to look at it again and again; and look less often, for hardly anything here has cycles."""
     gc.freeze()
     gc.set_threshold(20_000)
+
+
+def _send_frames(socket: zmq.Socket, frames: Sequence[Bytes]) -> None:
+    """`send_multipart` without waiting: ZeroMQ takes either all frames or not even the first."""
+    *first, last = frames
+    for frame in first:
+        socket.send(frame, _MORE)
+    socket.send(last, _LAST)
 
 
 def _content(frame: zmq.Frame) -> Bytes:
