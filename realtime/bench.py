@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,15 +22,17 @@ from scansteer.core.tissue import Tissue
 from scansteer.protocols import forward, tissue_model
 from scansteer.protocols.scan import Scan, bounds
 from scansteer.realtime import encoder_file
-from scansteer.realtime.encoded import Volume, map_error
+from scansteer.realtime.encoded import Volume, engine_maker, map_error
 from scansteer.realtime.encoder_file import Trained
 from scansteer.realtime.images import Frame, Geometry
-from scansteer.realtime.session import Session
+from scansteer.realtime.session import AUXILIARIES, Session, to_scan_unit
 from scansteer.realtime.worker import Setup
 
 N_VOXELS = 2000
 N_VOLUME = 169_000
 """Voxels of the published volume."""
+BRIGHTNESS, NOISE = 1000.0, 0.01
+"""Of M0 [pixel units], and of one pixel [M0]."""
 N_GRID = 100
 """Side of the grid of (f, k) whose dictionary is timed: 10^4 points, as published."""
 
@@ -38,14 +41,17 @@ def bench(scan: Scan, tell: Callable[[str], None] = lambda _: None) -> dict[str,
     """Time dictionary, decisions and a matrix product; keys as in the documentation of `scansteer bench`."""
     tell("dictionary")
     speed = dictionary_signals_per_s(scan)
-    tell("decisions")
-    latencies, n_candidates = decision_latencies_ms(scan)
+    tell("decisions of the reference")
+    latencies, n_candidates = decision_latencies_ms(scan, "none")
+    tell("decisions with the encoder")
+    with_encoder = None if encoder_file.shipped(scan) is None else percentiles(decision_latencies_ms(scan, None)[0])
     tell("encoder")
     volume_s = encoder_volume_s(scan)
     tell("matrix product")
     return {
         "dictionary_signals_per_s": speed,
-        "update_decide_ms": {"p50": float(np.percentile(latencies, 50)), "p99": float(np.percentile(latencies, 99))},
+        "update_decide_ms": percentiles(latencies),
+        "update_decide_encoder_ms": with_encoder,
         "encoder_volume_s": volume_s,
         "n_voxels": N_VOXELS,
         "n_candidates": n_candidates,
@@ -97,16 +103,43 @@ def dictionary_signals_per_s(scan: Scan) -> float:
     return N_GRID**2 / _best(lambda: work.simulate(n_cores), n=7)
 
 
-def decision_latencies_ms(scan: Scan) -> tuple[list[float], int]:
-    """Latency of every decision of a made-up scan of `N_VOXELS` voxels, and the number of candidate pulses weighed each time."""
+def decision_latencies_ms(scan: Scan, encoder: str | None) -> tuple[list[float], int]:
+    """Latency of every decision of a simulated scan of `N_VOXELS` voxels, and the number of candidate pulses weighed each time.
+
+    Parameters
+    ----------
+    encoder
+        As in `realtime.encoded.engine_maker`; the maps that a shipped one was trained with are given.
+    """
+    side = math.isqrt(N_VOXELS - 1) + 1
+    signals = np.asarray(dictionary(scan, side).simulate(os.cpu_count() or 1))[:, :N_VOXELS]
+    noisy = BRIGHTNESS * (signals + NOISE * np.random.default_rng(0).normal(size=signals.shape))
     geometry = Geometry((50, N_VOXELS // 50, 1))
-    rng = np.random.default_rng(0)
-    region = Frame(np.ones(geometry.shape), geometry, role="mask")
-    session = Session(Setup("bench", scan.model_copy(update={"matrix": None}), region=region))
-    made_up = [Frame(rng.normal(1000.0, 20.0, geometry.shape), geometry, repetition=number) for number in range(len(scan.schedule))]
-    latencies = [session.absorb(frame, received_at=time.perf_counter()).latency_ms.total for frame in made_up]
+    trained = encoder_file.shipped(scan) if encoder is None else None
+    session = Session(
+        Setup(
+            "bench",
+            scan.model_copy(update={"matrix": None}),
+            region=Frame(np.ones(geometry.shape), geometry, role="mask"),
+            auxiliaries={} if trained is None else _level_maps(scan, trained.mapped, geometry),
+        ),
+        make_engine=engine_maker(encoder),
+    )
+    images = [Frame(image.reshape(geometry.shape), geometry, repetition=number) for number, image in enumerate(noisy)]
+    latencies = [session.absorb(image, received_at=time.perf_counter()).latency_ms.total for image in images]
     session.close()
     return latencies, session.n_candidates
+
+
+def _level_maps(scan: Scan, names: Sequence[str], geometry: Geometry) -> dict[str, Frame]:
+    """Maps that say the same everywhere: the centre of each quantity's range."""
+    maps = {}
+    for role, name in AUXILIARIES.items():
+        if name in names:
+            span = scan.auxiliaries[name]  # type: ignore[index]
+            centre = 0.5 * (span.lower + span.upper) / to_scan_unit(role, scan.larmor_hz_per_ppm)
+            maps[role] = Frame(np.full(geometry.shape, centre), geometry, role=role)  # type: ignore[arg-type]
+    return maps
 
 
 def encoder_volume_s(scan: Scan, n_voxels: int = N_VOLUME) -> float | None:
@@ -134,6 +167,11 @@ def volume_times_s(scan: Scan, trained: Trained, n_voxels: int, n_images: int = 
         times.append(time.perf_counter() - started)
     volume.close()
     return times[1:]
+
+
+def percentiles(latencies_ms: Sequence[float]) -> dict[str, float]:
+    """Median and worst of a hundred."""
+    return {"p50": float(np.percentile(latencies_ms, 50)), "p99": float(np.percentile(latencies_ms, 99))}
 
 
 def matmul_gflops() -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,7 +66,7 @@ def write_outputs(
     maps: Mapping[str, np.ndarray],
     summary: Mapping[str, Any],
     maps_at: Mapping[int, Mapping[str, np.ndarray]] | None = None,
-    comparison: Comparison | None = None,
+    look_back: Callable[[], Comparison | None] = lambda: None,
 ) -> None:
     """Write everything but decisions.jsonl into a folder.
 
@@ -84,6 +84,8 @@ def write_outputs(
         What summary.json says; `scan` and `versions` go into every map as well.
     maps_at
         Maps as they stood after so many images, into maps_NNN.
+    look_back
+        Sees the finished scan once more, for the report; asked when all else is written.
 
     Raises
     ------
@@ -96,7 +98,7 @@ def write_outputs(
             write_maps(out / f"maps_{n_images:03d}", at_that_time, geometry, summary, n_images)
         write_maps(out / "maps", maps, geometry, summary, decisions[-1].n_images if decisions else 0)
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        (out / "report.html").write_text(report.render(decisions, maps, summary, comparison), encoding="utf-8")
+        (out / "report.html").write_text(report.render(decisions, maps, summary, look_back()), encoding="utf-8")
     except OSError as error:
         raise ScansteerError(f"Cannot write {error.filename or out}: {error.strerror}.") from error
 

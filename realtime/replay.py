@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -140,7 +141,8 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
         maps = runner.maps() if log.decisions else {}
         first = source.first()
         summary = runner.finish() | {"warnings": warnings}
-        write_outputs(out, log.decisions, first.frame.geometry if first is not None else None, maps, summary, maps_at, _look_back(recorder, setup))
+        geometry = first.frame.geometry if first is not None else None
+        write_outputs(out, log.decisions, geometry, maps, summary, maps_at, partial(_look_back, recorder, setup))
     console.print(_farewell(summary, log.decisions, out), highlight=False)
     if troubles:
         raise ScansteerError(" ".join(troubles))
