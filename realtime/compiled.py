@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from functools import cache
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def keep_compiled(folder: Path) -> None:
     Raises
     ------
     InputError
-        The folder cannot be made.
+        The folder cannot be made, or others may write into it.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _make_private(folder)
@@ -52,6 +53,12 @@ def _make_private(folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise InputError(f"Cannot use data folder {folder.parent}: {error.strerror}.") from error
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(
+            f"What lies in {folder} is executed, and it is {stat.filemode(found.st_mode)} of user {found.st_uid}: remove it, or make it "
+            f"a folder of user {os.geteuid()} that nobody else can write into."
+        )
 
 
 def _empty_if_large(folder: Path) -> None:

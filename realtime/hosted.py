@@ -179,6 +179,13 @@ class HostedSession:
         if known is not None and known != message.pulse:
             raise ProtocolError("conflict", f"Repetition {message.repetition} was reported as played otherwise before.")
 
+    def check_control(self, message: Control) -> None:
+        self.check_open()
+        latest = len(self.decisions) - 1
+        if message.decision is not None and message.decision != latest:
+            made = f"the latest is {latest}" if self.decisions else "there is none yet"
+            raise ProtocolError("conflict", f"Decision {message.decision} cannot be confirmed: {made}.")
+
     def append(self, frames: Sequence[Bytes]) -> Entry:
         """Write a message down. Durable after `sync`."""
         self._check_room(sum(map(len, frames)))
@@ -349,7 +356,7 @@ class HostedSession:
                 if repetition is not None:
                     self._submit(lambda: self._actor.exclude(repetition), True)
             case "confirm":
-                self._submit(self._actor.confirm_stop, False)
+                self._submit(lambda: self._actor.confirm_stop(message.decision), False)
             case "advice":
                 self.advice_only = True
                 self.sequencer.waits_for_played = False

@@ -11,7 +11,7 @@ import ctypes
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 from xml.etree import ElementTree
 
 import ismrmrd
@@ -159,21 +159,14 @@ def decode_frame(message: bytes | bytearray | memoryview, *, max_voxels: int = M
     InputError
         One sentence that says what is wrong with the message. NaN and empty pictures are left to `check_usable`.
     """
-    view = memoryview(message).cast("B")
-    header = _header(view)
-    shape = _declared_shape(header, max_voxels)
-    meta_bytes, payload = _split(view)
-    dtype = _payload_dtype(header.data_type, math.prod(shape), len(payload))
-    meta = parse_meta(meta_bytes)
-    role = role_of(meta, header.image_type)
-    if shape[0] > 1 and role not in ("image", "other"):
-        raise InputError(f"The {role} map has {shape[0]} channels; send one combined map.")
+    sent = open_image(message, max_voxels=max_voxels)
+    header, meta = sent.header, sent.meta
     with np.errstate(invalid="ignore", over="ignore"):  # a signalling NaN or a sum of squares beyond float64 is `check_usable`'s
-        pixels = _combined(_rescale(_widened(np.frombuffer(payload, dtype).reshape(shape)), meta)) * _unit_factor(role, meta)
+        pixels = _combined(_rescaled(_widened(sent.values), *sent.rescaling)) * sent.unit_factor
     return Frame(
         pixels=pixels,
-        geometry=_geometry(header),
-        role=role,
+        geometry=sent.geometry,
+        role=sent.role,
         repetition=header.repetition,
         slice=header.slice,
         set=header.set,
@@ -185,6 +178,41 @@ def decode_frame(message: bytes | bytearray | memoryview, *, max_voxels: int = M
         data_type=header.data_type,
         is_dummy=is_dummy(meta, header.flags),
     )
+
+
+class SentImage(NamedTuple):
+    """An image message as it was sent: everything in it is legible, its values are untouched."""
+
+    header: ismrmrd.ImageHeader
+    values: np.ndarray
+    """(channel, z, y, x), a view of the message."""
+    meta: dict[str, str]
+    role: Role
+    rescaling: tuple[float, float]
+    """Slope and intercept."""
+    unit_factor: float
+    geometry: Geometry
+
+
+def open_image(message: bytes | bytearray | memoryview, *, max_voxels: int = MAX_VOXELS) -> SentImage:
+    """Everything that `decode_frame` refuses is refused here, in a time that does not grow with the number of voxels.
+
+    Raises
+    ------
+    InputError
+        As `decode_frame`.
+    """
+    view = memoryview(message).cast("B")
+    header = _header(view)
+    shape = _declared_shape(header, max_voxels)
+    meta_bytes, payload = _split(view)
+    values = np.frombuffer(payload, _payload_dtype(header.data_type, math.prod(shape), len(payload))).reshape(shape)
+    meta = parse_meta(meta_bytes)
+    role = role_of(meta, header.image_type)
+    if shape[0] > 1 and role not in ("image", "other"):
+        raise InputError(f"The {role} map has {shape[0]} channels; send one combined map.")
+    rescaling = _rescaling(meta, values.dtype.kind == "c")
+    return SentImage(header, values, meta, role, rescaling, _unit_factor(role, meta), _geometry(header))
 
 
 def check_usable(frame: Frame) -> None:
@@ -370,12 +398,16 @@ def parse_meta(raw: bytes | memoryview) -> dict[str, str]:
     return meta
 
 
-def _rescale(pixels: np.ndarray, meta: Mapping[str, str]) -> np.ndarray:
+def _rescaling(meta: Mapping[str, str], is_complex: bool) -> tuple[float, float]:
     slope, intercept = _number(meta, "RescaleSlope", 1.0), _number(meta, "RescaleIntercept", 0.0)
     if slope <= 0:
         raise InputError(f"RescaleSlope of the image must be positive, got {slope:g}.")
-    if pixels.dtype.kind == "c" and intercept != 0:
+    if is_complex and intercept != 0:
         raise InputError(f"RescaleIntercept {intercept:g} has no meaning for complex pixels; send the magnitude or leave it out.")
+    return slope, intercept
+
+
+def _rescaled(pixels: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     return pixels if (slope, intercept) == (1.0, 0.0) else pixels * slope + intercept
 
 

@@ -245,18 +245,23 @@ class DecisionAck(SessionMessage):
 class Control(SessionMessage):
     """The operator's hand. `pause`, `resume`, `stop`, `abort` go on to the controllers; `exclude` takes an image out of the
     posterior; `advice` takes an acting controller's role away: from the next image on the approved schedule is assumed;
-    `confirm` agrees to the stop that the latest decision proposes."""
+    `confirm` agrees to the stop that a decision proposes."""
 
     kind: Literal["control"] = "control"
     command_id: CommandId
     """A command sent twice is carried out once."""
     command: ControlName
     repetition: Repetition | None = None
+    """Of the image to be excluded."""
+    decision: Counter | None = None
+    """Sequence number of the decision that is confirmed, refused if there is a later one; none: whichever is the latest on arrival."""
 
     @model_validator(mode="after")
-    def _exclude_names_an_image(self) -> Control:
+    def _names_what_the_command_is_about(self) -> Control:
         if (self.command == "exclude") != (self.repetition is not None):
             raise ValueError("repetition is given with the command exclude, and only then")
+        if self.command != "confirm" and self.decision is not None:
+            raise ValueError("decision is given with the command confirm only")
         return self
 
 

@@ -6,7 +6,7 @@ from scansteer.core.errors import InputError
 from scansteer.realtime.codec import Bytes, ProtocolError
 from scansteer.realtime.config import Limits
 from scansteer.realtime.image_check import check_body
-from scansteer.realtime.images import decode_frame
+from scansteer.realtime.images import open_image
 from scansteer.realtime.journal import Entry
 from scansteer.realtime.messages import Accepted, Image
 from scansteer.realtime.worker import SideImages
@@ -102,7 +102,7 @@ class Received:
                 "conflict", f"A {message.role} map came after image 0 was used; send maps before the first image."
             )
         try:
-            role = decode_frame(body, max_voxels=self._limits.max_voxels).role
+            role = open_image(body, max_voxels=self._limits.max_voxels).role
         except InputError as error:
             raise ProtocolError("malformed", str(error)) from error
         if role != message.role:

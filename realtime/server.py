@@ -22,10 +22,10 @@ from scansteer.core.errors import InputError, ScansteerError
 from scansteer.protocols.scan import load
 from scansteer.realtime.auth import Guard, check_endpoint
 from scansteer.realtime.broker import Broker
-from scansteer.realtime.client import milliseconds
 from scansteer.realtime.codec import MAX_ENVELOPE_BYTES, Bytes
 from scansteer.realtime.compiled import keep_compiled
 from scansteer.realtime.config import ServeConfig
+from scansteer.realtime.connection import milliseconds
 from scansteer.realtime.logs import log_to_stderr
 from scansteer.realtime.outbox import Outgoing
 from scansteer.realtime.sessions import purge_old

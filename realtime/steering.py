@@ -61,9 +61,10 @@ class Steering:
     def control(self, session: HostedSession, message: Control, request: Request) -> list[Outgoing]:
         if message.command_id in session.commands:
             return self.done(message, request)
-        session.check_open()
+        session.check_control(message)
         session.apply(message, session.append(request.frames))
-        session.note("command", id=message.command_id, command=message.command, repetition=message.repetition, user=request.user)
+        about = {"repetition": message.repetition, "decision": message.decision}
+        session.note("command", id=message.command_id, command=message.command, user=request.user, **about)
         outgoing = self.done(message, request)
         if message.command in ("pause", "resume", "stop", "abort"):
             outgoing += self._forward(session, message, request)

@@ -19,7 +19,8 @@ import numpy as np
 
 from scansteer.core.errors import InputError, ScansteerError
 from scansteer.realtime.admission import Admitted, Choice
-from scansteer.realtime.client import Client, RefusedError, ServiceSilentError
+from scansteer.realtime.client import Client
+from scansteer.realtime.connection import RefusedError, ServiceSilentError
 from scansteer.realtime.messages import Decision, SessionNotice, Unusable
 
 log = logging.getLogger("scansteer.gateway")

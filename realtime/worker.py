@@ -197,10 +197,15 @@ class Actor:
         self._excluded.add(repetition)
         return self._rebuild(f"The image of repetition {repetition} was excluded by the operator.")
 
-    def confirm_stop(self) -> list[Event]:
-        """The operator agrees to a proposed stop. It holds for the posterior that it was given for: what absorbs everything again asks anew."""
+    def confirm_stop(self, decision: int | None) -> list[Event]:
+        """The operator agrees to the stop that a decision proposes (none: the latest one), unless another one was made meanwhile.
+
+        It holds for the posterior that it was given for: what absorbs everything again asks anew.
+        """
         if self._session is None:
             return [Warned("A stop was confirmed before there was a posterior; nothing follows from it.")]
+        if decision is not None and decision != self._n_decisions - 1:
+            return [Warned(f"Decision {decision} was confirmed when there was a later one already; nothing follows from it.")]
         try:
             return self._published(self._session.confirm_stop())
         except InputError as error:

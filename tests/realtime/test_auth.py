@@ -7,10 +7,12 @@ import zmq
 
 from scansteer.core.errors import InputError
 from scansteer.realtime.auth import check_endpoint, is_local, make_keys, read_allowed, read_secret
-from scansteer.realtime.client import Client, RefusedError, ServiceSilentError, Watcher
+from scansteer.realtime.client import Client
 from scansteer.realtime.codec import encode
 from scansteer.realtime.config import Keys
+from scansteer.realtime.connection import RefusedError, ServiceSilentError
 from scansteer.realtime.messages import Ping
+from scansteer.realtime.watcher import Watcher
 
 
 @pytest.fixture

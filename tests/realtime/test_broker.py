@@ -11,7 +11,7 @@ import ismrmrd
 import pytest
 
 from scansteer.core.errors import InputError
-from scansteer.realtime import journal
+from scansteer.realtime import images, journal
 from scansteer.realtime.broker import Broker
 from scansteer.realtime.client import image_of
 from scansteer.realtime.codec import decode, encode
@@ -421,6 +421,16 @@ def test_auxiliary_images_wait_for_each_other_and_compile_once(serve_config, fak
     (answer,) = stage.say(image_of("s", body, role="b1"), [body])
     assert "after image 0" in answer.reason
     stage.broker.close()
+
+
+def test_a_map_is_judged_without_decoding_its_pixels(stage, opening, make_image, monkeypatch):
+    stage.say(opening)
+    monkeypatch.setattr(images, "_widened", lambda stored: pytest.fail("pixels were decoded on the event loop"))
+    good = make_image(0, meta={"DataRole": "T1"})
+    bad = make_image(0, meta={"DataRole": "T1", "RescaleSlope": "-1"}, slice=1)
+    assert kinds(stage.say(image_of("s", good, role="t1"), [good])) == ["accepted"]
+    (answer,) = stage.say(image_of("s", bad, role="t1"), [bad])
+    assert (answer.code, answer.reason) == ("malformed", "RescaleSlope of the image must be positive, got -1.")
 
 
 def test_a_new_mask_during_the_scan_changes_the_region(stage, opening, make_image):

@@ -53,3 +53,29 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Cannot use data folder"):
         compiled.keep_compiled(tmp_path / "file" / ".compiled")
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_folder_that_others_may_write_into_is_refused(tmp_path, monkeypatch, mode):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    folder = tmp_path / ".compiled"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(InputError, match=r"What lies in .*\.compiled is executed, and it is d.* of user \d+: remove it"):
+        compiled.keep_compiled(folder)
+
+
+def test_a_folder_that_belongs_to_somebody_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    with pytest.raises(InputError, match=f"of user {me}: remove it, or make it a folder of user {me + 1}"):
+        compiled.keep_compiled(tmp_path / ".compiled")
+
+
+def test_a_link_in_its_place_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / ".compiled").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is executed"):
+        compiled.keep_compiled(tmp_path / ".compiled")

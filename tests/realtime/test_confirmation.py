@@ -8,8 +8,11 @@ import pytest
 
 from scansteer.core.errors import InputError
 from scansteer.realtime.client import Client
+from scansteer.realtime.connection import RefusedError
+from scansteer.realtime.journal import Entry
 from scansteer.realtime.messages import Decision
-from scansteer.realtime.worker import Setup
+from scansteer.realtime.order import Step
+from scansteer.realtime.worker import Actor, Decided, Setup, Warned
 
 
 def proposing(fake_session: type) -> Callable[[Setup], object]:
@@ -53,10 +56,38 @@ def test_the_confirmed_decision_comes_again_as_a_stop(opened, make_image):
     for repetition in range(2):
         client.send_image(session_id, make_image(repetition))
     proposed = [given(client) for _ in range(2)][-1]
-    client.control(session_id, "confirm")
+    client.control(session_id, "confirm", decision=proposed.sequence_number)
     confirmed = given(client)
     assert (proposed.action, confirmed.action) == ("continue", "stop")
     assert (confirmed.sequence_number, confirmed.repetition) == (proposed.sequence_number + 1, proposed.repetition)
+
+
+def test_a_confirmation_names_the_decision_that_the_operator_saw(opened, make_image):
+    client, session_id = opened
+    for repetition in range(4):
+        client.send_image(session_id, make_image(repetition))
+    proposals = [decision for decision in (given(client) for _ in range(4)) if decision.cause == "operator"]
+    with pytest.raises(RefusedError, match="Decision 1 cannot be confirmed: the latest is 3"):
+        client.control(session_id, "confirm", decision=proposals[0].sequence_number)
+    client.control(session_id, "confirm")  # as older clients say it
+    assert given(client).action == "stop"
+
+
+def test_a_confirmation_that_a_later_decision_overtakes_has_no_effect(make_image, scan, fake_session):
+    actor = Actor(Setup("s", scan), lambda entry: [b"", make_image(entry.sequence)], proposing(fake_session), 1000)
+    actor.build({})
+    for repetition in range(2):
+        actor.absorb(Step(repetition, (Entry(repetition, 0, (), ()),), None), 0.0, None)
+    assert [type(event) for event in actor.confirm_stop(0)] == [Warned]
+    (event,) = actor.confirm_stop(1)
+    assert isinstance(event, Decided)
+    assert event.decision.action == "stop"
+
+
+def test_only_a_confirmation_names_a_decision(opened):
+    client, session_id = opened
+    with pytest.raises(ValueError, match="decision is given with the command confirm only"):
+        client.control(session_id, "pause", decision=1)
 
 
 def test_a_confirmation_without_a_proposal_changes_nothing_and_is_said(opened, make_image):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from scansteer.realtime.client import Client, RefusedError
+from scansteer.realtime.client import Client
+from scansteer.realtime.connection import RefusedError
 from scansteer.realtime.controller import Controller
 from scansteer.realtime.messages import CommandOutcome, Decision, Pulse, SuggestedPulse
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from scansteer.core.errors import InputError
-from scansteer.realtime.images import HEADER_BYTES, Frame, Geometry, check_usable, decode_frame, encode_frame, image_message
+from scansteer.realtime.images import HEADER_BYTES, Frame, Geometry, check_usable, decode_frame, encode_frame, image_message, open_image
 
 PIXELS = np.arange(3 * 5, dtype=np.uint16).reshape(3, 5)  # not square: 5 along x, 3 along y
 GEOMETRY = Geometry((5, 3, 1), (50.0, 30.0, 4.0), (1.0, 2.0, 3.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
@@ -29,6 +29,13 @@ def test_a_message_of_ismrmrd_is_decoded() -> None:
     assert frame.geometry.field_of_view_mm == (50.0, 30.0, 4.0)
     assert frame.role == "image"
     assert frame.meta["Comment"] == "a"
+
+
+def test_an_opened_image_leaves_its_values_where_they_are() -> None:
+    message = image_message(PIXELS[None], repetition=0)
+    sent = open_image(message)
+    assert np.shares_memory(sent.values, np.frombuffer(message, np.uint8))
+    np.testing.assert_array_equal(sent.values[0, 0], PIXELS)
 
 
 @pytest.mark.parametrize("dtype", ["u2", "i2", "u4", "f4", "f8", "c8", "c16"])

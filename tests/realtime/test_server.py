@@ -10,10 +10,12 @@ import pytest
 import zmq
 
 from scansteer.core.errors import InputError, ScansteerError
-from scansteer.realtime.client import Client, RefusedError, ServiceSilentError, Watcher
+from scansteer.realtime.client import Client
 from scansteer.realtime.config import ServeConfig
+from scansteer.realtime.connection import RefusedError, ServiceSilentError
 from scansteer.realtime.messages import Gap, Unusable
 from scansteer.realtime.server import Server
+from scansteer.realtime.watcher import Watcher
 
 
 def decisions_of(client: Client, count: int) -> list:
