@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from one_voxel import question
 from scansteer.core import design
-from scansteer.core.design import Conditional, Question, Quota
+from scansteer.core.design import Conditional, Quota
 from scansteer.core.lattice import Box
 
 BOX = Box(jnp.array([0.0, 0.0]), jnp.array([0.004, 1500.0]), (40, 40))
@@ -63,24 +64,6 @@ def test_a_posterior_narrower_than_the_lattice_is_linearised():
     f, k = (np.asarray(BOX.value(axis, jnp.arange(40.0))) for axis in (0, 1))
     total = np.repeat(f, 40) / sd[0] + np.tile(k, 40) / sd[1]
     assert variance_over(drawn, total)[0] == pytest.approx(2 - 2 * 0.7, rel=0.1)  # a step of the lattice is not straight in f and k
-
-
-def question(columns, signals, sigma, weights):
-    """Of one voxel at one draw: images' columns (image, column) and what they read."""
-    return Question(
-        weights=weights[None, None],
-        gram=(columns.T @ columns)[None, None, None],
-        projection=(columns.T @ signals)[None, None, None],
-        energy=np.array([signals @ signals]),
-        n_images=jnp.asarray(float(len(signals))),
-        shift=np.zeros((1, columns.shape[1] - 1)),
-        draw_weights=np.ones((1, 1)),
-        contrast=np.zeros((1, 1, 1)),
-        importance=np.ones(1),
-        variance=jnp.asarray(sigma**2),
-        dof=jnp.asarray(1e6),
-        discrepancy=jnp.asarray(0.0),
-    )
 
 
 def test_amplitude_and_nuisance_given_the_images_are_the_gaussian_they_should_be():

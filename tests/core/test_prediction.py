@@ -2,36 +2,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from one_voxel import question
 from scansteer.core import design, prediction
-from scansteer.core.design import Draws, Question
+from scansteer.core.design import Draws
 from scansteer.core.lattice import Box
 from scansteer.core.prediction import Prediction
 
 BOX = Box(jnp.array([0.0, 0.0]), jnp.array([0.004, 1500.0]), (56, 56))
 
 
-def question(signals, images, sigma):
-    """One voxel, one draw, nothing but the amplitude unknown."""
-    gram, projection = signals @ signals, signals @ images
-    return Question(
-        weights=jnp.array([[[[1.0, 0.0]]]]),
-        gram=jnp.full((1, 1, 1, 1, 1), gram),
-        projection=jnp.full((1, 1, 1, 1), projection),
-        energy=jnp.array([images @ images]),
-        n_images=jnp.asarray(float(len(images))),
-        shift=jnp.zeros((1, 0)),
-        draw_weights=jnp.ones((1, 1)),
-        contrast=jnp.zeros((1, 1, 1)),
-        importance=jnp.ones(1),
-        variance=jnp.asarray(sigma**2),
-        dof=jnp.asarray(100.0),
-        discrepancy=jnp.asarray(0.0),
-    )
-
-
 def test_prediction_with_an_unknown_amplitude_is_that_of_a_linear_regression():
     signals, images = np.array([0.5, 0.8, 0.3]), np.array([510.0, 790.0, 305.0])
-    mean, variance = prediction.predict(question(signals, images, 10.0), jnp.full((1, 1, 1, 1), 0.6), jnp.ones((1, 1)))
+    asked = question(signals[:, None], images, 10.0, np.array([[1.0, 0.0]]))
+    mean, variance = prediction.predict(asked, jnp.full((1, 1, 1, 1), 0.6), jnp.ones((1, 1)))
     amplitude = signals @ images / (signals @ signals)
     assert float(mean[0]) == pytest.approx(0.6 * amplitude, rel=1e-5)  # float32
     assert float(variance[0]) == pytest.approx(100 * (1 + 0.36 / (signals @ signals)), rel=1e-4)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from any_limits import any_limits
 from scansteer.protocols import limits
 from scansteer.protocols.builtin import BUILTIN
 from scansteer.protocols.candidates import candidates
@@ -14,20 +15,6 @@ from scansteer.protocols.scan import Limits, Range, SaturationBlock, Train
 STEP_S = 0.02
 
 
-def ranges(lower: float, upper: float):
-    return st.tuples(st.floats(lower, upper), st.floats(lower, upper)).map(lambda ends: Range(lower=min(ends), upper=max(ends)))
-
-
-any_limits = st.builds(
-    Limits,
-    b1_max_ut=st.floats(1, 10),
-    offset_ppm=ranges(-10, 10),
-    t_sat_s=ranges(0.1, 12),
-    t_rec_s=ranges(0.0, 8),
-    duty_cycle_max=st.floats(0.2, 1),
-    b1rms_10s_ut=st.floats(0.2, 8),
-    b1rms_6min_ut=st.floats(0.2, 8),
-)
 any_train = st.one_of(
     st.just(Train()),
     st.builds(Train, n_pulses=st.integers(2, 6), duty_cycle=st.floats(0.2, 1)),
@@ -98,7 +85,7 @@ def excesses(bounds: Limits, train: Train, history: list[Played], candidate: Pla
 
 
 @settings(max_examples=80, deadline=None)
-@given(data=st.data(), bounds=any_limits, train=any_train, history=any_history())
+@given(data=st.data(), bounds=any_limits(), train=any_train, history=any_history())
 def test_nothing_outside_the_limits_is_allowed_and_nothing_inside_refused(data, bounds, train, history):
     made = data.draw(any_candidates(bounds))
     start = history[-1].end_s if history else 0.0
@@ -118,7 +105,7 @@ def test_nothing_outside_the_limits_is_allowed_and_nothing_inside_refused(data, 
 
 
 @settings(max_examples=40, deadline=None)
-@given(bounds=any_limits, train=any_train, history=any_history(), scan=st.sampled_from(sorted(BUILTIN)))
+@given(bounds=any_limits(), train=any_train, history=any_history(), scan=st.sampled_from(sorted(BUILTIN)))
 @example(bounds=BUILTIN["mt-mouse-7T-30"].limits, train=Train(), history=[], scan="mt-mouse-7T-30")
 def test_every_allowed_candidate_of_any_scan_lies_inside_every_limit(bounds, train, history, scan):
     scan = BUILTIN[scan].model_copy(update={"limits": bounds, "train": train})

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from any_limits import any_limits
 from scansteer.core.design import Answer, Question
 from scansteer.protocols import limits
 from scansteer.protocols.larg_phantom import PUBLISHED
@@ -38,22 +39,6 @@ def an_answer(gains) -> Answer:
     return Answer(np.asarray(gains), np.asarray(0.1), np.asarray(1.0))
 
 
-def ranges(lower: float, upper: float):
-    return st.tuples(st.floats(lower, upper), st.floats(lower, upper)).map(lambda ends: Range(lower=min(ends), upper=max(ends)))
-
-
-any_limits = st.builds(
-    Limits,
-    b1_max_ut=st.floats(0.1, 7),
-    offset_ppm=ranges(-6, 6),
-    t_sat_s=ranges(0.3, 4),
-    t_rec_s=ranges(0.5, 12),
-    duty_cycle_max=st.floats(0.05, 1),
-    b1rms_10s_ut=st.floats(0.1, 6),
-    b1rms_6min_ut=st.floats(0.1, 6),
-)
-
-
 def breaches(allowed: Limits, history: list[Played], block: SaturationBlock) -> list[str]:
     """What a block played next would break, counted on a fine time grid."""
     said = [
@@ -81,7 +66,7 @@ def breaches(allowed: Limits, history: list[Played], block: SaturationBlock) -> 
 
 
 @settings(max_examples=60, deadline=None)
-@given(any_limits, st.lists(st.tuples(st.floats(0, 6), st.floats(0.5, 3), st.floats(1, 4)), max_size=30), st.integers(0, 2**31))
+@given(any_limits(), st.lists(st.tuples(st.floats(0, 6), st.floats(0.5, 3), st.floats(1, 4)), max_size=30), st.integers(0, 2**31))
 def test_no_suggestion_is_ever_outside_the_limits(prospect, allowed, before, seed):
     limited, rng = with_limits(prospect, allowed), np.random.default_rng(seed)
     history = limits.back_to_back([SaturationBlock(b1_ut=b1, offset_ppm=3, t_sat_s=t_sat, t_rec_s=t_rec) for b1, t_sat, t_rec in before])

@@ -115,6 +115,7 @@ def test_first_images_of_a_replay_are_those_of_the_whole(monkeypatch, capsys, fo
         (("replay", "good.h5", "--scan", "small.yaml", "--out", "out", "--roi", "none.nii.gz"), "none.nii.gz"),
         (("replay", "good.h5", "--scan", "wrong.yaml", "--out", "out"), "unknown field 'flip'"),
         (("replay", "good.h5", "--scan", "small.yaml"), "out"),
+        (("evaluate", "--scan", "small.yaml", "--out", "out", "--roi", "none.nii.gz"), "belong to a measured scan"),
         (("scans", "show", "nothing"), "nothing"),
         (("scans", "show"), "--schema"),
         (("simulate", "--scan", "small.yaml", "--seq", "x.seq"), "either"),

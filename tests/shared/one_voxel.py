@@ -1,0 +1,24 @@
+"""A question about the next pulse, of one voxel at one draw of its posterior."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from scansteer.core.design import Question
+
+
+def question(columns, signals, sigma, weights, dof=1e6) -> Question:
+    """Images' columns, shape (image, column), what they read, noise [pixel units], and weights of the columns, shape (column, node)."""
+    return Question(
+        weights=weights[None, None],
+        gram=(columns.T @ columns)[None, None, None],
+        projection=(columns.T @ signals)[None, None, None],
+        energy=np.array([signals @ signals]),
+        n_images=jnp.asarray(float(len(signals))),
+        shift=np.zeros((1, columns.shape[1] - 1)),
+        draw_weights=np.ones((1, 1)),
+        contrast=np.zeros((1, 1, 1)),
+        importance=np.ones(1),
+        variance=jnp.asarray(sigma**2),
+        dof=jnp.asarray(dof),
+        discrepancy=jnp.asarray(0.0),
+    )
