@@ -98,6 +98,11 @@ def loss(encoder: Encoder, plan: Plan, key: PRNGKeyArray, samples: Samples, weig
     return total, Losses(moments, early[0], bound)
 
 
+def unshared(encoder: Encoder) -> Encoder:
+    """The same encoder with the repeats of its last refinement as refinements of their own, free to learn apart."""
+    return Encoder(encoder.first, encoder.refine + encoder.refine[-1:] * encoder.repeats, encoder.basis, encoder.coordinate)
+
+
 def trainable(encoder: Encoder) -> Encoder:
     """True at the leaves that training changes: the perceptrons."""
     fixed = jax.tree.map(lambda _: False, encoder)

@@ -152,15 +152,16 @@ def train(
     files: Annotated[list[Path] | None, typer.Argument(metavar="[SCAN.h5 ...]", help="Measured scans to fit, beside simulated ones.")] = None,
     mapped: Annotated[str | None, typer.Option(metavar="t1,t2,..", help="Maps that will come with the scan; default: those of the files.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
-    steps: Annotated[int, typer.Option(min=10, help="Optimiser steps.")] = 3000,
+    steps: Annotated[int | None, typer.Option(min=10, help="Optimiser steps; default: 3000, or 1000 with --from.")] = None,
+    start: Annotated[str | None, typer.Option("--from", metavar="FILE|shipped", help="Trained weights of this scan to start from.")] = None,
     roi: RoiOption = None,
     map_: MapOption = None,
 ) -> None:
     """Train an encoder; an interrupted run goes on from its checkpoint."""
-    from scansteer.realtime.training import Settings, train_files
+    from scansteer.realtime.training import train_files
 
     roles = tuple(_split(mapped)) if mapped is not None else None
-    train_files(_scan(scan), files or [], out, Settings(seed=seed, n_steps=steps), roles, roi, _pairs(map_, "--map"))
+    train_files(_scan(scan), files or [], out, roles, roi, _pairs(map_, "--map"), seed, steps, start)
 
 
 @app.command()
@@ -175,6 +176,8 @@ def evaluate(
     """Encoder against reference, image by image."""
     from scansteer.realtime.evaluate import evaluate_file
 
+    if file is None and (roi is not None or map_):
+        raise InputError("evaluate: --roi and --map belong to a measured scan; give its file, or leave them out.")
     evaluate_file(file, _scan(scan), out, encoder, roi, _pairs(map_, "--map"))
 
 

@@ -32,10 +32,12 @@ N_EXTRA_PULSES = 10
 """Random pulses within the scan's limits, simulated beside the schedule's."""
 SIGMA_RANGE = (1.5e-3, 4e-2)
 """Noise of simulated scans [fraction of M0], log-uniform."""
+SHORT_SIGMA_RANGE = (1.5e-3, 1.5e-2)
+"""The same of short scans: few images with little noise leave narrow curved ridges, the hardest posteriors of all."""
 DOF_RANGE = (8.0, 5e3)
 """Degrees of freedom behind the noise, log-uniform."""
 MISFIT_RANGE = (0.0, 0.025)
-"""Error that all voxels share, of half of the training scans [fraction of M0]."""
+"""Error that the model does not know, of half of the training scans [fraction of M0]; a pattern over the images for each voxel."""
 SPREADS = (1.0, 1.0, 1.8)
 """What training scans stretch the priors by: real voxels lie at the box's edge and beyond the nuisances' ranges, too."""
 
@@ -45,7 +47,7 @@ class Conditions(NamedTuple):
 
     blocks: Sequence[SaturationBlock]
     sigma: float
-    """Noise that the posterior is told [fraction of M0]; the true one differs as its degrees of freedom say."""
+    """Noise that the posterior is told [fraction of M0]; each voxel's true one differs as its degrees of freedom say."""
     dof: float
     misfit: float = 0.0
     spread: float = 1.0
@@ -121,10 +123,8 @@ class Simulator:
         signals = np.stack([np.sum((weights @ image[:-1]) * points, axis=1) for image in expected])
         lower, upper = bounds(self.scan.readout.offset)
         signals += rng.uniform(lower, upper, n)
-        signals += conditions.misfit * rng.standard_normal((len(signals), 1)) + self.scan.noise.discrepancy * rng.standard_normal(
-            signals.shape
-        )
-        sigma = conditions.sigma * np.sqrt(conditions.dof / rng.chisquare(conditions.dof))
+        signals += np.hypot(conditions.misfit, self.scan.noise.discrepancy) * rng.standard_normal(signals.shape)
+        sigma = conditions.sigma * np.sqrt(conditions.dof / rng.chisquare(conditions.dof, n))
         return Drawn(truth, signals + sigma * rng.standard_normal(signals.shape), maps)
 
     def coefficients(

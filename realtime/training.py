@@ -1,12 +1,14 @@
 """Training runs: simulated and measured scans in, progress and checkpoints on the way, one encoder file out.
 
 A run first simulates scans with their exact posteriors, then takes optimiser steps on random voxels at random numbers of images. Measured
-scans, if given, join in by the evidence lower bound alone (*fitting* for the scan itself, *transfer* for later ones). The same seed,
-machine and number of threads give the same weights; a run that was interrupted goes on from its checkpoint.
+scans, if given, join in by the evidence lower bound alone (*fitting* for the scan itself, *transfer* for later ones). A run may start from
+the weights of an encoder of the same scan, and then takes fewer steps. The same seed, machine and number of threads give the same
+weights; a run that was interrupted goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -35,12 +37,12 @@ from scansteer.core.signal_basis import Basis
 from scansteer.core.training import Samples, Weights
 from scansteer.protocols.scan import Scan
 from scansteer.realtime import calibration
-from scansteer.realtime.encoder_file import Trained, physics_of, save
+from scansteer.realtime.encoder_file import Trained, check, load, physics_of, save, shipped, to_bytes
 from scansteer.realtime.recording import AUXILIARIES, Recording, read
 from scansteer.realtime.simulated import (
     DOF_RANGE,
     MISFIT_RANGE,
-    N_EXTRA_PULSES,
+    SHORT_SIGMA_RANGE,
     SIGMA_RANGE,
     SPREADS,
     Conditions,
@@ -56,6 +58,11 @@ MOST_VOXELS_OF_RECORDING = 1024
 """Voxels drawn from a measured scan."""
 SUBSETS_PER_VOXEL = 12
 """Random subsets of a measured scan's images, for each of its voxels."""
+STEPS = 3000
+STEPS_FROM_START = 1000
+"""Optimiser steps, unless told otherwise; the latter where a run starts from trained weights."""
+RATE_FROM_START = 0.3
+"""Share of the learning rate that is right for trained weights."""
 
 Tell = Callable[[str, int, int], None]
 """What is going on, how much is done, of how much."""
@@ -66,14 +73,16 @@ class Settings:
     """What determines a run, besides the scan and the files."""
 
     seed: int = 0
-    n_scans: int = 30
+    n_scans: int = 60
     """Simulated scans; every third plays the published schedule, the others random orders and pulses."""
-    n_groups: int = 4
+    n_groups: int = 2
     """Groups of 64 voxels in each."""
-    n_steps: int = 3000
-    n_refinements: int = 3
-    repeats: int = 1
-    """Of the last refinement, when the encoder is used; not during training."""
+    n_short_scans: int = 240
+    """Of one group and few images beside them: posteriors of few images are the least Gaussian, and pulses come in any order."""
+    n_short: int = 9
+    """Images of a short scan."""
+    n_steps: int = STEPS
+    n_refinements: int = 4
     batch: int = 768
     learning_rate: float = 3e-3
     lower_bound: float = 0.05
@@ -124,6 +133,7 @@ def train(
     settings: Settings,
     recordings: Sequence[Recording] = (),
     tell: Tell = lambda *_: None,
+    start: Trained | None = None,
 ) -> Trained:
     """Train an encoder and write it to `out`.
 
@@ -133,18 +143,23 @@ def train(
         Names of the auxiliaries (`t1_s`, ..) that will come as maps.
     recordings
         Measured scans to fit, all with these maps.
+    start
+        Trained weights of this scan with these maps, to start from; their basis is kept.
     """
+    if start is not None:
+        check(start, scan, tuple(mapped))
     tell("simulating pulses", 0, 1)
     simulator = Simulator(scan, mapped, settings.seed)
-    basis = make_basis(simulator, np.random.default_rng([settings.seed, 1]))
+    encoder = untrained(simulator, settings) if start is None else training.unshared(start.encoder)
     with ThreadPoolExecutor(2) as pool:
-        simulated = simulate(simulator, basis, settings, pool, tell)
-        measured = joined([of_recording(simulator, basis, each, settings.seed) for each in recordings]) if recordings else None
-        encoder = optimise(simulator, basis, simulated, measured, out, settings, tell)
+        simulated = simulate(simulator, encoder.basis, settings, pool, tell)
+        measured = joined([of_recording(simulator, encoder.basis, each, settings.seed) for each in recordings]) if recordings else None
+        encoder = optimise(simulator, encoder, simulated, measured, out, settings, tell, digest(start))
         figures = calibration.calibrate(simulator, encoder, settings.seed, settings.n_calibration_scans, pool, tell)
     about = {
         "settings": asdict(settings),
         "measured": [each.name for each in recordings],
+        "start": None if start is None else digest(start),
         "versions": versions(),
         "calibration": figures,
     }
@@ -154,17 +169,32 @@ def train(
     return trained
 
 
+def untrained(simulator: Simulator, settings: Settings) -> Encoder:
+    """An encoder to train from nothing."""
+    basis = make_basis(simulator, np.random.default_rng([settings.seed, 1]))
+    return encoders.make(jax.random.PRNGKey(settings.seed), basis, simulator.coordinate, settings.n_refinements)
+
+
+def digest(start: Trained | None) -> str | None:
+    """What tells one set of weights from another."""
+    return None if start is None else hashlib.sha256(to_bytes(start)).hexdigest()[:16]
+
+
 def simulate(simulator: Simulator, basis: Basis, settings: Settings, pool: ThreadPoolExecutor, tell: Tell) -> Bank:
     """Simulated scans of all sorts: noise, degrees of freedom, orders, other pulses, errors that the model does not know."""
     banks = []
-    for number in range(settings.n_scans):
-        tell("simulating scans", number, settings.n_scans)
+    n_scans = settings.n_scans + settings.n_short_scans
+    for number in range(n_scans):
+        tell("simulating scans", number, n_scans)
+        is_short = number >= settings.n_scans
         rng = np.random.default_rng([settings.seed, 2, number])
         blocks = simulator.scan.schedule if number % 3 == 0 else simulator.random_order(rng)
+        blocks = blocks[: settings.n_short] if is_short else blocks
         misfit = rng.uniform(*MISFIT_RANGE) if number % 2 else 0.0
-        sigma, dof = (float(np.exp(rng.uniform(*np.log(span)))) for span in (SIGMA_RANGE, DOF_RANGE))
+        spans = SHORT_SIGMA_RANGE if is_short else SIGMA_RANGE, DOF_RANGE
+        sigma, dof = (float(np.exp(rng.uniform(*np.log(span)))) for span in spans)
         conditions = Conditions(blocks, sigma, dof, float(misfit), SPREADS[(number // 2) % len(SPREADS)])
-        banks.append(of_simulated(simulator, basis, conditions, settings.n_groups, rng, pool))
+        banks.append(of_simulated(simulator, basis, conditions, 1 if is_short else settings.n_groups, rng, pool))
     return joined(banks)
 
 
@@ -228,10 +258,16 @@ def joined(banks: Sequence[Bank]) -> Bank:
 
 
 def optimise(
-    simulator: Simulator, basis: Basis, simulated: Bank, measured: Bank | None, out: Path, settings: Settings, tell: Tell
+    simulator: Simulator,
+    encoder: Encoder,
+    simulated: Bank,
+    measured: Bank | None,
+    out: Path,
+    settings: Settings,
+    tell: Tell,
+    start: str | None = None,
 ) -> Encoder:
-    """All steps, from the checkpoint beside `out` if there is one of the same run."""
-    encoder = encoders.make(jax.random.PRNGKey(settings.seed), basis, simulator.coordinate, settings.n_refinements, settings.repeats)
+    """All steps, from the checkpoint beside `out` if there is one of the same run; `start` says whose weights `encoder` has."""
     plan = encoders.plan(encoder)
     rise = int(WARM_UP_SHARE * settings.n_steps)
     schedule = optax.warmup_cosine_decay_schedule(
@@ -248,6 +284,7 @@ def optimise(
             "settings": asdict(settings),
             "scan": physics_of(simulator.scan),
             "measured": 0 if measured is None else len(measured.place),
+            "start": start,
         }
     )
     done, encoder, state = _resumed(out, about, (encoder, state))
@@ -270,11 +307,6 @@ def versions() -> dict[str, str]:
     from importlib import metadata
 
     return {name: metadata.version(name) for name in ("scansteer", "jax", "jaxlib", "equinox", "optax", "numpy")}
-
-
-def settings_note() -> dict[str, Any]:
-    """The ranges that simulated scans are drawn from."""
-    return {"sigma": SIGMA_RANGE, "dof": DOF_RANGE, "misfit": MISFIT_RANGE, "spread": SPREADS, "extra_pulses": N_EXTRA_PULSES}
 
 
 def _batch(rng: np.random.Generator, simulated: Bank, measured: Bank | None, settings: Settings, discrepancy: float) -> Samples:
@@ -320,20 +352,38 @@ def _resumed(out: Path, about: str, tree: tuple[Encoder, Any]) -> tuple[int, Enc
 
 
 def train_files(
-    scan: Scan, files: Sequence[Path], out: Path, settings: Settings, roles: Sequence[str] | None, roi: Path | None, maps: dict[str, str]
+    scan: Scan,
+    files: Sequence[Path],
+    out: Path,
+    roles: Sequence[str] | None = None,
+    roi: Path | None = None,
+    maps: dict[str, str] | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    start: str | None = None,
 ) -> None:
     """The command: read the files, train with progress on the terminal, say what came out.
 
     Parameters
     ----------
     roles
-        Maps (`t1`, ..) that will come with the scan; none: those that come with the files, which must agree.
+        Maps (`t1`, ..) that will come with the scan; none: those of the weights to start from, or those that come with the files.
+    steps
+        Of the optimiser; none: as many as usual.
+    start
+        File of weights to start from, or `shipped`.
 
     Raises
     ------
     InputError
         Unknown roles, or files that do not have these maps.
     """
+    trained = weights_of(start, scan)
+    if trained is None:
+        settings = Settings(seed=seed, n_steps=steps or STEPS)
+    else:
+        rate = RATE_FROM_START * Settings.learning_rate
+        settings = Settings(seed=seed, n_steps=steps or STEPS_FROM_START, learning_rate=rate)
     with shown() as tell:
         recordings = []
         for number, file in enumerate(files):
@@ -342,18 +392,31 @@ def train_files(
             recordings.append(recording)
             for warning in warnings:
                 tell(f"warning: {warning}", number, len(files))
-        trained = train(scan, mapped_names(scan, roles, recordings), out, settings, recordings, tell)
+        mapped = mapped_names(roles, recordings, trained)
+        trained = train(scan, mapped, out, settings, recordings, tell, trained)
     last = trained.about["calibration"][-1]
     print(f"Wrote {out}; of {last['draws']} simulated truths {last['coverage']['0.95']:.1%} lie in the 95 % region at n = {last['n']}.")
 
 
-def mapped_names(scan: Scan, roles: Sequence[str] | None, recordings: Sequence[Recording]) -> tuple[str, ...]:
+def weights_of(start: str | None, scan: Scan) -> Trained | None:
+    """The weights that a run starts from: those in a file, or those that come with the scan."""
+    if start is None:
+        return None
+    found = shipped(scan) if start == "shipped" else load(Path(start))
+    if found is None:
+        raise InputError(f"No encoder is shipped for scan {scan.name!r}; leave --from away, or name a file.")
+    return found
+
+
+def mapped_names(roles: Sequence[str] | None, recordings: Sequence[Recording], start: Trained | None = None) -> tuple[str, ...]:
     """The scan's names of the auxiliaries that come as maps."""
     if roles is not None:
         unknown = [role for role in roles if role not in AUXILIARIES]
         if unknown:
             raise InputError(f"--mapped names {unknown[0]!r}; known maps are {', '.join(AUXILIARIES)}.")
         names = {AUXILIARIES[role] for role in roles}
+    elif start is not None:
+        names = set(start.mapped)
     else:
         names = set(recordings[0].maps) if recordings else set()
     for recording in recordings:

@@ -115,3 +115,14 @@ def test_only_perceptrons_learn(world):
     learnt = eqx.filter(world[0], training.trainable(world[0]))
     assert learnt.basis.functions is None
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(learnt))
+
+
+def test_repeats_of_the_last_refinement_may_learn_apart_and_start_alike(world):
+    first, _, images = world
+    encoder = encoders.Encoder(first.first, first.refine, first.basis, first.coordinate, repeats=2)
+    apart = training.unshared(encoder)
+    assert (len(apart.refine), apart.repeats) == (4, 0)
+    state = state_of(world, measured(images, np.random.default_rng(3), 8))
+    ours, theirs = (eqx.filter_jit(encoders.infer)(each, encoders.plan(each), state, NOISE)[0] for each in (apart, encoder))
+    np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-6)
+    np.testing.assert_allclose(ours.root, theirs.root, atol=1e-6)

@@ -44,16 +44,6 @@ def test_a_run_starts_from_weights_of_its_own_scan_alone(tmp_path):
         weights_of(str(tmp_path / "absent.encoder"), PHANTOM)
 
 
-def test_few_images_are_drawn_more_often():
-    count = np.repeat(np.arange(1.0, 31.0), 100)
-    power = 0.7
-    places = training.drawn(np.random.default_rng(0), training.shares(count, power), 200_000)
-    seen = np.bincount(count[places].astype(int), minlength=31)[1:] / len(places)
-    expected = np.maximum(np.arange(1, 31), 3.0) ** -power
-    np.testing.assert_allclose(seen, expected / expected.sum(), rtol=0.05)  # 3 sd of the rarest
-    assert places.max() < len(count)
-
-
 def test_a_file_without_the_named_map_is_refused():
     with pytest.raises(InputError, match=r"one\.h5 has no map of b1_relative"):
         mapped_names(("b1",), [recorded({"t1_s": np.ones(40)})])
