@@ -10,6 +10,7 @@ from typing import Literal
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from scansteer.core import lattice, likelihood, region
@@ -52,16 +53,17 @@ def make_prior(lower: Float[Array, " 2"], upper: Float[Array, " 2"], n_points: t
     box = Box(lower, upper, n_points)
 
     def density(axis: int) -> Array:
-        low, high = lower[axis], upper[axis]
-        points = box.value(axis, jnp.arange(n_points[axis], dtype=jnp.float64))
+        here = box.in_numpy()
+        low, high = here.lower[axis], here.upper[axis]
+        points = here.value(axis, np.arange(n_points[axis], dtype=float))
         if shapes[axis] == "log-uniform":
-            value = -jnp.log(points * jnp.log(high / low))
+            value = -np.log(points * np.log(high / low))
         elif shapes[axis] == "beta":
-            share = jnp.clip((points - low) / (high - low), 1e-4, 1 - 1e-4)
-            value = jnp.log(6 * share * (1 - share) / (high - low))
+            share = np.clip((points - low) / (high - low), 1e-4, 1 - 1e-4)
+            value = np.log(6 * share * (1 - share) / (high - low))
         else:
-            value = jnp.full(n_points[axis], -jnp.log(high - low))
-        return value.astype(jnp.float32)
+            value = np.full(n_points[axis], -np.log(high - low))
+        return jnp.asarray(value, jnp.float32)
 
     return Prior(box, (density(0), density(1)))
 

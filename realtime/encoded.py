@@ -142,7 +142,7 @@ class Volume:
         parts = []
         for index in range(len(self._states)):
             rows = np.minimum(np.arange(index * self._block, (index + 1) * self._block), self._n_voxels - 1)
-            block = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), posterior)
+            block = jax.tree.map(lambda leaf, rows=rows: leaf[rows], posterior)
             parts.append(np.asarray(self._draw(jax.random.fold_in(key, index), block, self.encoder.coordinate)))
         return np.concatenate(parts)[: self._n_voxels]
 
@@ -305,8 +305,8 @@ class Encoded:
     def _warm_up(self) -> None:
         """Compile the comparison."""
         n_cells = self.prior.box.n_cells
-        ours = Gaussian(jnp.zeros((N_AUDITED, 2), jnp.float32), jnp.tile(jnp.asarray([1, 0, 1], jnp.float32), (N_AUDITED, 1)))
-        jax.block_until_ready(self._compare(jax.random.PRNGKey(0), ours, jnp.zeros((N_AUDITED, n_cells), jnp.float32)))
+        ours = Gaussian(np.zeros((N_AUDITED, 2), np.float32), np.tile(np.array([1, 0, 1], np.float32), (N_AUDITED, 1)))  # pyright: ignore[reportArgumentType]
+        jax.block_until_ready(self._compare(jax.random.PRNGKey(0), ours, np.zeros((N_AUDITED, n_cells), np.float32)))
 
 
 def sampled(regions: Sequence[Int[np.ndarray, " voxel"]], rng: np.random.Generator) -> Int[np.ndarray, " voxel"]:
