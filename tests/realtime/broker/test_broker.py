@@ -1,0 +1,127 @@
+"""Gaps, time, limits, and sessions that fail: what the service says of them."""
+
+from __future__ import annotations
+
+from scansteer.core.errors import InputError
+from scansteer.realtime.config import Limits
+from scansteer.realtime.messages import Close, Subscribe
+
+
+def test_a_gap_is_asked_for_at_intervals_until_it_is_filled(stage, opening, make_image, kinds):
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    assert kinds(stage.image("s", make_image(2))) == ["gap", "accepted"]
+    assert kinds(stage.tick(0.01)) == []
+    assert kinds(stage.tick(1.0)) == ["gap"]
+    stage.image("s", make_image(1))
+    assert stage.tick(1.0) == []
+
+
+def test_a_jump_of_the_wall_clock_changes_nothing(stage, opening, make_image, monkeypatch):
+    import time
+
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    stage.image("s", make_image(1))
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    stage.image("s", make_image(2))
+    assert stage.broker.status().sessions[0].waiting == 0
+    stage.tick(0.1)
+    assert stage.broker.status().sessions[0].state == "opening"
+
+
+def test_a_session_that_nobody_uses_is_closed_at_last(stage, opening, make_image):
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    stage.work()
+    stage.tick(13 * 3600.0)
+    stage.work()
+    assert stage.broker.status().sessions[0].state == "closed"
+
+
+def test_no_more_sessions_than_allowed_are_open(serve_config, fake_session, opening, kinds, make_stage):
+    stage = make_stage(serve_config.model_copy(update={"limits": Limits(max_sessions=2)}), fake_session)
+    for name in ("a", "b"):
+        assert kinds(stage.say(opening.model_copy(update={"session_id": name}))) == ["opened"]
+    (answer,) = stage.say(opening.model_copy(update={"session_id": "c"}))
+    assert (answer.kind, answer.code) == ("refused", "limit")
+    stage.say(Close(session_id="a"))
+    stage.work()
+    assert kinds(stage.say(opening.model_copy(update={"session_id": "c"}))) == ["opened"]
+    stage.broker.close()
+
+
+def test_a_journal_has_a_bound(serve_config, fake_session, opening, make_image, kinds, make_stage):
+    stage = make_stage(serve_config.model_copy(update={"limits": Limits(max_session_bytes=2**20)}), fake_session)
+    stage.say(opening)
+    answers = [stage.image("s", make_image(repetition, shape=(1, 300, 300)))[-1] for repetition in range(4)]
+    assert kinds(answers) == ["accepted", "accepted", "refused", "refused"]
+    stage.broker.close()
+
+
+def test_a_scan_that_is_none_is_refused_with_the_field(stage, opening):
+    (answer,) = stage.say(opening.model_copy(update={"scan": {**opening.scan, "field_t": -1}}))
+    assert answer.code == "malformed"
+    assert "field_t" in answer.reason
+
+
+def test_a_session_that_cannot_be_made_fails_and_keeps_its_images(serve_config, opening, make_image, kinds, make_stage):
+    def impossible(setup):
+        raise InputError("This scan has too many pools.")
+
+    stage = make_stage(serve_config, impossible)
+    stage.say(opening)
+    assert kinds(stage.work()) == ["session"]
+    status = stage.broker.status().sessions[0]
+    assert (status.state, status.warnings[-1]) == ("failed", "This scan has too many pools.")
+    assert kinds(stage.image("s", make_image(0))) == ["accepted"]
+    assert stage.work() == []
+    stage.broker.close()
+
+
+def test_a_session_that_breaks_fails_alone(serve_config, fake_session, opening, make_image, caplog, make_stage):
+    class Breaking(fake_session):
+        def absorb(self, frame, **options):
+            if self.setup.session_id == "broken":
+                raise ZeroDivisionError
+            return super().absorb(frame, **options)
+
+    stage = make_stage(serve_config, Breaking)
+    for name in ("broken", "s"):
+        stage.say(opening.model_copy(update={"session_id": name}))
+        stage.say(Subscribe(session_id=name), identity=b"controller")
+        stage.image(name, make_image(0))
+    said = stage.work()
+    assert [message.session_id for message in said if message.kind == "decision"] == ["s"]
+    states = {session.session_id: session.state for session in stage.broker.status().sessions}
+    assert states == {"broken": "failed", "s": "ready"}
+    stage.broker.close()
+
+
+def test_expected_scans_are_compiled_before_the_service_is_ready(serve_config, fake_session, scan, make_stage):
+    made: list[str] = []
+
+    def make(setup):
+        made.append(setup.scan.name)
+        return fake_session(setup)
+
+    stage = make_stage(serve_config, make)
+    stage.broker.warm([scan])
+    assert not stage.broker.is_ready
+    stage.work()
+    assert stage.broker.is_ready
+    assert made == [scan.name]
+    assert stage.broker.status().sessions == ()
+    stage.broker.close()
+
+
+def test_an_expected_scan_that_cannot_be_compiled_keeps_nobody_waiting(serve_config, scan, make_stage):
+    def make(setup):
+        raise InputError("The lattice is too large.")
+
+    stage = make_stage(serve_config, make)
+    stage.broker.warm([scan])
+    stage.work()
+    assert stage.broker.is_ready
+    stage.broker.close()

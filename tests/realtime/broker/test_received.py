@@ -1,0 +1,122 @@
+"""Images that contradict themselves, their message or their session are refused by name; maps and masks."""
+
+from __future__ import annotations
+
+import zlib
+
+import ismrmrd
+import pytest
+
+from scansteer.realtime import images
+from scansteer.realtime.client import image_of
+from scansteer.realtime.image_check import IMAGE_FACTS
+from scansteer.realtime.messages import Image, Subscribe
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"crc32": 1}, "checksum"),
+        ({"repetition": 5}, "in the image's header, not in its message"),
+        ({"series": 9}, "in the image's header"),
+        ({"role": "t1"}, "Meta says"),
+    ],
+)
+def test_an_envelope_that_contradicts_its_image_is_refused(stage, opening, make_image, change, match):
+    stage.say(opening)
+    body = make_image(0)
+    (answer,) = stage.say(image_of("s", body).model_copy(update=change), [body])
+    assert answer.code == "malformed"
+    assert match in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("make_body", "code"),
+    [
+        (lambda body: body[:100], "malformed"),
+        (lambda body: body[:-1], "malformed"),
+        (lambda body: body + b"\0", "malformed"),
+        (lambda body: body[:2] + b"\x63\x00" + body[4:], "malformed"),
+        (lambda body: body[:16] + b"\xff\xff\xff\xff" + body[20:], "too-large"),
+        (lambda body: body[:198] + b"\xff" * 8 + body[206:], "malformed"),
+        (lambda body: body[:16] + bytes(6) + body[22:], "too-large"),
+    ],
+)
+def test_a_body_that_contradicts_its_header_is_refused(stage, opening, make_image, make_body, code, kinds):
+    stage.say(opening)
+    body = make_image(0)
+    changed = make_body(body)
+    envelope = image_of("s", body).model_copy(update={"crc32": zlib.crc32(changed)})
+    (answer,) = stage.say(envelope, [changed])
+    assert (answer.kind, answer.code) == ("refused", code)
+    assert kinds(stage.image("s", body)) == ["accepted"]
+
+
+def test_images_of_another_series_or_slice_are_refused_by_name(stage, opening, make_image):
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    assert "not this session's" in stage.image("s", make_image(1, series_index=2))[0].reason
+    assert "opened with 1 slices" in stage.image("s", make_image(1, slice=1))[0].reason
+    assert "beyond the 4096" in stage.image("s", make_image(5000))[0].reason
+
+
+def test_auxiliary_images_wait_for_each_other_and_compile_once(serve_config, fake_session, opening, make_image, make_stage):
+    made = []
+
+    class Recording(fake_session):
+        def __init__(self, setup):
+            made.append(set(setup.auxiliaries))
+            super().__init__(setup)
+
+    stage = make_stage(serve_config, Recording)
+    stage.say(opening.model_copy(update={"n_auxiliary": 2}))
+    for role, name in (("t1", "T1"), ("t2", "T2")):
+        assert stage.jobs == []
+        body = make_image(0, meta={"DataRole": name})
+        stage.say(image_of("s", body, role=role), [body])
+    stage.work()
+    assert made == [{"t1", "t2"}]
+    stage.image("s", make_image(0))
+    body = make_image(0, meta={"DataRole": "B1MAP"})
+    (answer,) = stage.say(image_of("s", body, role="b1"), [body])
+    assert "after image 0" in answer.reason
+    stage.broker.close()
+
+
+def test_a_map_is_judged_without_decoding_its_pixels(stage, opening, make_image, monkeypatch, kinds):
+    stage.say(opening)
+    monkeypatch.setattr(images, "_widened", lambda stored: pytest.fail("pixels were decoded on the event loop"))
+    good = make_image(0, meta={"DataRole": "T1"})
+    bad = make_image(0, meta={"DataRole": "T1", "RescaleSlope": "-1"}, slice=1)
+    assert kinds(stage.say(image_of("s", good, role="t1"), [good])) == ["accepted"]
+    (answer,) = stage.say(image_of("s", bad, role="t1"), [bad])
+    assert (answer.code, answer.reason) == ("malformed", "RescaleSlope of the image must be positive, got -1.")
+
+
+def test_a_new_mask_during_the_scan_changes_the_region(stage, opening, make_image):
+    stage.say(opening)
+    stage.say(Subscribe(session_id="s"), identity=b"controller")
+    for repetition in range(2):
+        stage.image("s", make_image(repetition))
+    before = [message.decision for message in stage.work() if message.kind == "decision"]
+    body = make_image(0, meta={"DataRole": "MASK"})
+    stage.say(image_of("s", body, role="mask"), [body])
+    (after,) = [message.decision for message in stage.work() if message.kind == "decision"]
+    assert (after.sequence_number, after.n_images) == (2, 2)
+    assert after.reason != before[-1].reason
+    assert "region was changed" in after.warnings[-1]
+
+
+def test_an_image_is_not_mistaken_for_one_in_another_role(stage, opening, make_image, kinds):
+    stage.say(opening)
+    body = make_image(0)
+    assert kinds(stage.say(Image(session_id="s", crc32=zlib.crc32(body)), [body])) == ["accepted"]
+    mask = make_image(0, meta={"DataRole": "MASK"})
+    assert kinds(stage.say(image_of("s", mask, role="mask"), [mask])) == ["accepted"]
+
+
+def test_the_layout_of_an_image_is_that_of_its_library():
+    header = ismrmrd.ImageHeader(
+        data_type=1, matrix_size=(2, 3, 4), channels=5, slice=6, repetition=7, set=8, image_series_index=9, image_index=99
+    )
+    assert IMAGE_FACTS.unpack_from(bytes(header) + (10).to_bytes(8, "little")) == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)

@@ -1,0 +1,125 @@
+"""State is a function of the journal: after a kill everything is as it was, and nothing happens twice."""
+
+from __future__ import annotations
+
+from scansteer.realtime import journal
+from scansteer.realtime.messages import Close, Control, DecisionAck, Missing, Ping, Played, PlayedPulse, Subscribe
+
+PULSE = PlayedPulse(b1_ut=1.0, offset_ppm=3.0, t_sat_s=1.0, t_rec_s=1.0)
+
+
+def test_every_recorded_message_sent_again_changes_nothing(stage, opening, make_image, serve_config):
+    stage.say(opening)
+    stage.say(Subscribe(session_id="s", reports_played=True), identity=b"controller")
+    for repetition in (0, 1, 3):
+        stage.say(Played(session_id="s", repetition=repetition, pulse=PULSE))
+        stage.image("s", make_image(repetition))
+    stage.say(Missing(session_id="s", repetitions=(2,)))
+    stage.say(Played(session_id="s", repetition=2, pulse=PULSE))
+    stage.say(Control(session_id="s", command_id="a", command="pause"))
+    stage.say(Control(session_id="s", command_id="b", command="resume"))
+    stage.say(Control(session_id="s", command_id="c", command="exclude", repetition=1))
+    stage.work()
+    stage.say(DecisionAck(session_id="s", sequence_number=0, outcome="advice"), identity=b"controller")
+    before, size = stage.broker.status(), (serve_config.data_dir / "s" / "journal").stat().st_size
+    for identity, frames in list(stage.recorded):
+        stage.send(identity, frames)
+    stage.work()
+    assert stage.broker.status() == before
+    assert (serve_config.data_dir / "s" / "journal").stat().st_size <= size + 200  # a repeated `Missing` is written down again
+
+
+def test_a_recorded_opening_does_not_bring_a_purged_session_back(stage, opening, serve_config, fake_session, make_stage):
+    from scansteer.realtime.sessions import purge_sessions
+
+    stage.say(opening)
+    stage.say(Close(session_id="s"))
+    stage.work()
+    stage.broker.close()
+    assert purge_sessions(serve_config.data_dir) == ["s"]
+    stage = make_stage(serve_config, fake_session)
+    (answer,) = stage.say(opening)
+    assert (answer.kind, answer.code) == ("refused", "closed")
+    stage.broker.close()
+
+
+def test_recovery_repeats_everything_that_has_to_do_with_order(stage, opening, make_image, serve_config, fake_session, make_stage):
+    def act(target, part: int) -> None:
+        if part == 0:
+            target.say(opening)
+            target.say(Subscribe(session_id="s", reports_played=True), identity=b"controller")
+            target.image("s", make_image(2))
+            target.say(Played(session_id="s", repetition=0, pulse=PULSE))
+            target.image("s", make_image(0))
+        if part == 1:
+            target.work()
+            target.say(Missing(session_id="s", repetitions=(1,)))
+            target.say(Played(session_id="s", repetition=1, pulse=PULSE))
+        if part == 2:
+            target.say(Played(session_id="s", repetition=2, pulse=PULSE))
+            target.say(Control(session_id="s", command_id="x", command="exclude", repetition=0))
+        if part == 3:
+            target.say(Played(session_id="s", repetition=3, pulse=PULSE))
+            target.image("s", make_image(3))
+            target.work()
+
+    for part in range(4):
+        act(stage, part)
+    expected = stage.broker.sessions.get("s").decisions
+    for crash_after in range(4):
+        config = serve_config.model_copy(update={"data_dir": serve_config.data_dir / f"crash-{crash_after}"})
+        other = make_stage(config, fake_session)
+        for part in range(4):
+            act(other, part)
+            if part == crash_after:
+                other = other.restarted(config, fake_session)
+        other.work()
+        assert other.broker.sessions.get("s").decisions == expected
+        other.broker.close()
+
+
+def test_a_damaged_record_is_asked_for_again(stage, opening, make_image, serve_config, fake_session):
+    stage.say(opening)
+    for repetition in range(3):
+        stage.image("s", make_image(repetition))
+    path = serve_config.data_dir / "s" / "journal"
+    entries, _ = journal.scan(path)
+    content = bytearray(path.read_bytes())
+    content[entries[2].body_offset + 300] ^= 4  # within the image of repetition 1
+    path.write_bytes(content)
+    second = stage.restarted(serve_config, fake_session)
+    (session,) = second.broker.status().sessions
+    assert session.gaps == (1,)
+    assert "damaged" in session.warnings[0]
+    assert [message.kind for message in second.image("s", make_image(1))] == ["accepted"]
+    second.work()
+    assert [decision.repetition for decision in second.broker.sessions.get("s").decisions] == [0, 1, 2]
+    second.broker.close()
+
+
+def test_a_journal_whose_beginning_is_lost_is_left_alone(stage, opening, make_image, serve_config, fake_session, caplog, kinds):
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    path = serve_config.data_dir / "s" / "journal"
+    content = bytearray(path.read_bytes())
+    content[60] ^= 1
+    path.write_bytes(content)
+    second = stage.restarted(serve_config, fake_session)
+    assert second.broker.status().sessions == ()
+    assert "cannot be taken up again" in caplog.text
+    assert kinds(second.say(Ping(request_id=1))) == ["pong"]
+    second.broker.close()
+
+
+def test_a_decision_is_written_once_although_it_is_computed_again(stage, opening, make_image, serve_config, fake_session):
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    stage.work()
+    with open(serve_config.data_dir / "s" / "decisions.jsonl", "a") as file:
+        file.write('{"torn')
+    second = stage.restarted(serve_config, fake_session)
+    second.work()
+    second.image("s", make_image(1))
+    second.work()
+    assert (serve_config.data_dir / "s" / "decisions.jsonl").read_text().count("\n") == 2
+    second.broker.close()
