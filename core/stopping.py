@@ -80,6 +80,11 @@ def needed(rule: Rule, region: Region) -> float:
     return min(1.0, p + 1.28 * float(np.sqrt(p * (1 - p) / max(region.n_effective, 1.0))))
 
 
+def behind(rule: Rule, regions: list[Region]) -> list[Region]:
+    """Regions that have not met the target yet."""
+    return [region for region in regions if region.fraction_converged < needed(rule, region)]
+
+
 def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto: str | None, remaining_gain: float) -> tuple[State, Verdict]:
     """One more image: has every region met its target often enough, and does nothing speak against it?
 
@@ -90,16 +95,16 @@ def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto:
     remaining_gain
         What the rest of the schedule is expected to take off the log confidence-region area [nat].
     """
-    behind = [region for region in regions if region.fraction_converged < needed(rule, region)]
+    late = behind(rule, regions)
     futile = rule.plateau is not None and remaining_gain < rule.plateau
     if veto is not None:
         return State(0, state.would_stop_at), Verdict(False, veto, "veto")
-    if behind and not futile:
-        worst = min(behind, key=lambda region: region.fraction_converged - needed(rule, region))
+    if late and not futile:
+        worst = min(late, key=lambda region: region.fraction_converged - needed(rule, region))
         reason = f"{worst.fraction_converged:.0%} of the voxels of region {worst.name!r} have converged, {needed(rule, worst):.0%} are needed."
         return State(0, state.would_stop_at), Verdict(False, reason, "target")
     state = state._replace(streak=state.streak + 1)
-    said = f"The rest of the schedule is expected to bring {remaining_gain:.2f} nat, a plateau" if behind else "All regions have converged"
+    said = f"The rest of the schedule is expected to bring {remaining_gain:.2f} nat, a plateau" if late else "All regions have converged"
     if n_images < rule.n_min:
         return state, Verdict(False, f"{said}; no stop before {rule.n_min} images.", "few-images")
     if state.streak < rule.confirmations:
@@ -108,7 +113,7 @@ def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto:
     said = f"{said}, at {state.streak} consecutive images"
     if rule.asks_operator and not state.is_confirmed:
         return state, Verdict(False, f"{said}; a stop waits for the operator's confirmation.", "operator")
-    return state, Verdict(True, f"{said}.", "plateau" if behind else "converged")
+    return state, Verdict(True, f"{said}.", "plateau" if late else "converged")
 
 
 def confirm(state: State) -> State:

@@ -15,6 +15,8 @@ AT_LEAST = 500
 """Pulses to choose from, whatever the limits leave free."""
 NEAR_WATER_PPM = 1.0
 """Closer to water than this nothing is offered: its direct saturation tells of B0 and T2, and drowns the rest."""
+N_PROBE_OFFSETS, N_PROBE_AMPLITUDES = 6, 6
+"""Of the probes: offsets on each side of water, and amplitudes."""
 _LEVELS = {"b1_ut": 10, "offset_ppm": 6, "t_sat_s": 3, "t_rec_s": 3}
 _LARGEST_LATTICE = 20_000
 
@@ -36,6 +38,43 @@ def candidates(scan: Scan, at_least: int = AT_LEAST) -> Blocks:
         levels[name] = -(-5 * levels[name] // 4)
         turn += 1
     return made
+
+
+def probes(scan: Scan) -> Blocks:
+    """Pulses that put the description of the scan to the test: on either side of water, at offsets even in the logarithm, long and dense.
+
+    A pool that the description lacks, a field that is off or another lineshape shows at offsets and amplitudes where nothing was played yet.
+    Where the limits leave none, an image without saturation.
+    """
+    limits = scan.limits
+    t_sat = limits.t_sat_s.upper
+    t_rec = np.clip(t_sat * (1 / limits.duty_cycle_max - 1), limits.t_rec_s.lower, limits.t_rec_s.upper)
+    amplitudes = limits.b1_max_ut * np.arange(1, N_PROBE_AMPLITUDES + 1) / N_PROBE_AMPLITUDES
+    rows = np.array([(b1, offset, t_sat, t_rec) for b1 in amplitudes for offset in _both_sides(limits.offset_ppm)])
+    made = Blocks(*rows.T)
+    made = made.take(within_ranges(limits, scan.train, made))
+    return made if len(made) else candidates(scan).take(np.arange(1))
+
+
+def _both_sides(box: Range) -> np.ndarray:
+    """Offsets from the one nearest to water, but not too near, to the end of the range; on its negative side, then on its positive one."""
+    sides = [(-1.0, -box.upper, -box.lower), (1.0, box.lower, box.upper)]
+    made = [sign * np.geomspace(max(near, NEAR_WATER_PPM), far, N_PROBE_OFFSETS) for sign, near, far in sides if far > NEAR_WATER_PPM]
+    return np.concatenate(made) if made else np.array([box.lower, box.upper])
+
+
+def distances(blocks: Blocks, played: Blocks, b1_max_ut: float) -> Float[np.ndarray, "block played"]:
+    """How unlike pulses are: octaves of offset, 1 for the other side of water, half of the range of amplitudes, a quarter of the log of t_sat."""
+    one, other = (Blocks(*(np.reshape(each, shape) for each in which)) for which, shape in ((blocks, (-1, 1)), (played, (1, -1))))
+    octaves = np.abs(np.log2(_apart(one.offset_ppm)) - np.log2(_apart(other.offset_ppm)))
+    sides = np.sign(one.offset_ppm) != np.sign(other.offset_ppm)
+    durations = np.abs(np.log(_apart(one.t_sat_s)) - np.log(_apart(other.t_sat_s)))
+    return octaves + sides + 0.5 * np.abs(one.b1_ut - other.b1_ut) / b1_max_ut + 0.25 * durations
+
+
+def _apart(value: np.ndarray) -> np.ndarray:
+    """Its size, not too small for a logarithm."""
+    return np.maximum(np.abs(value), 0.1)
 
 
 def _lattice(scan: Scan, levels: dict[str, int]) -> Blocks:

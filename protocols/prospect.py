@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from scansteer.core import design, dictionary, nuisance, predictive
 from scansteer.core.design import Answer, Question, Quota
 from scansteer.core.dictionary import Magnetisation
+from scansteer.core.errors import ScansteerError
 from scansteer.core.nuisance import Measured
 from scansteer.core.predictive import Coarse
 from scansteer.core.signal import LongitudinalMap
@@ -33,6 +34,8 @@ TIE_REFERENCE = 0.5
 HASTE = 0.5
 """An image costs its duration to this power: 0 counts images, 1 counts seconds."""
 
+FARTHEST = 10.0
+"""Two pulses are never less alike (`candidates.distances`)."""
 NEGLIGIBLE_CURVATURE = 0.002
 """Fraction of M0: a fraction of the noise of a good scan."""
 _MOST_KNOWN = 1024  # maps kept: an adaptive scan without end must not fill the memory
@@ -74,10 +77,18 @@ class Prospect:
     """The next pulse of a scan."""
 
     def __init__(self, scan: Scan, quota: Quota | None = None) -> None:
-        """Compile and simulate the candidates and the schedule: seconds."""
+        """Compile and simulate the candidates and the schedule: seconds.
+
+        Raises
+        ------
+        ScansteerError
+            JAX computes in single precision, in which the spin physics overflows.
+        """
+        if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ScansteerError("The spin physics needs double precision; call jax.config.update('jax_enable_x64', True) before anything else.")
         self.scan = scan
         self.quota = quota or Quota()
-        self.candidates = candidates.candidates(scan)
+        self.candidates, self._probes = candidates.candidates(scan), candidates.probes(scan)
         self._coordinates = candidates.coordinates(scan, self.candidates)
         self._star, self._forward = forward.coarse(scan)
         self._block_map = jax.jit(dictionary.block_map)
@@ -87,13 +98,13 @@ class Prospect:
         self._predict = jax.jit(predictive.predict)
         self._predict_ahead = jax.jit(predictive.predict_ahead)
         self._answer = jax.jit(design.answer)
-        self._coarse = self._simulated()
+        self._coarse, self._coarse_probes = self._simulated(self.candidates), self._simulated(self._probes)
         self._schedule = _stacked([self._map_of(block) for block in scan.schedule])
         self._start = jax.jit(dictionary.start)(self._forward)
         self._weights: dict[frozenset, np.ndarray] = {}
         self._maps: dict[SaturationBlock, LongitudinalMap] = {}
-        self.described = self._is_described()
-        """Candidates that the likelihood describes as well as it does the approved schedule."""
+        self.described, self._described_probes = self._is_described()
+        """Candidates, and probes, that the likelihood describes as well as it does the approved schedule."""
 
     def begin(self) -> Course:
         """Before the first image; dummies have been played."""
@@ -167,13 +178,33 @@ class Prospect:
         rest_at = self._rest_at(self._coarse, course.magnetisation, blocks, rows)
         return jax.block_until_ready(self._answer(question, candidates_at, rest_at, (ahead < n_scheduled).astype(float)))
 
-    def advise(self, course: Course, answer: Answer) -> Advice:
+    def probe(self, course: Course) -> SaturationBlock | None:
+        """The pulse that puts the model to the test: of those that leave about half of the signal, where most is to be seen, the one least like all
+        that was played. None: limits leave none.
+        """
+        saturated = [block for block in course.blocks if block.b1_ut > 0]
+        is_allowed = limits.allowed(self.scan.limits, self.scan.train, course.played, self._probes) & self._described_probes
+        if not is_allowed.any():
+            return None
+        signal = np.clip(np.mean(np.asarray(self._predict(self._coarse_probes, course.magnetisation))[0], axis=-1), 0.0, 1.0)
+        unlike = candidates.distances(self._probes, limits.blocks(saturated), self.scan.limits.b1_max_ut).min(axis=1, initial=FARTHEST)
+        return self._probes.block(int(np.argmax(np.where(is_allowed, signal * (1 - signal) * unlike, -1.0))))
+
+    def advise(self, course: Course, answer: Answer, is_enough: bool = False) -> Advice:
         """The allowed candidate of the largest worth, expected gain over cost; of those as good, the one with the least RF energy.
 
         The less RF, the less the reading depends on B1, offset and the pool model, and the more SAR is left for later. A first unsaturated
         image counts as good already where it is worth half of the best: it tells the amplitude whatever is wrong with the model, and
         what it makes of later images a gain that looks one image ahead does not see.
+
+        Parameters
+        ----------
+        is_enough
+            The targets are met and only the least number of images or confirmations are missing: what the model says of itself is known well enough,
+            and the next image had better test it (`probe`; no gain is promised).
         """
+        if is_enough and (block := self.probe(course)) is not None:
+            return Advice(block, 0.0, float(answer.scheduled), float(answer.remaining))
         gains = np.where(self.allowed(course), np.asarray(answer.candidates), -np.inf)
         scheduled, remaining = float(answer.scheduled), float(answer.remaining)
         worth = gains / self.cost(self.candidates)
@@ -186,7 +217,7 @@ class Prospect:
         chosen = int(as_good[np.lexsort((-worth[as_good], energy))[0]])
         return Advice(self.candidates.block(chosen), float(gains[chosen]), scheduled, remaining)
 
-    def _is_described(self) -> Bool[np.ndarray, " candidate"]:
+    def _is_described(self) -> tuple[Bool[np.ndarray, " candidate"], Bool[np.ndarray, " probe"]]:
         """The likelihood takes nuisances to first order; what that leaves out must not exceed what it leaves out of the schedule.
 
         (With B0 and B1 unknown, strong pulses near water bend so much that no posterior that used them would hold.)
@@ -196,14 +227,15 @@ class Prospect:
             course = self.play(course, block)
         schedule = np.concatenate([self.read(course, block) for block in self.scan.schedule], axis=1)
         usual = np.max(predictive.curvature(self._star, schedule), axis=1, keepdims=True, initial=0.0)
-        bent = predictive.curvature(self._star, self.read_candidates(course))
-        return np.all(bent <= np.maximum(usual, NEGLIGIBLE_CURVATURE), axis=0)
+        read = [np.asarray(self._predict(coarse, course.magnetisation)) for coarse in (self._coarse, self._coarse_probes)]
+        both = (np.all(predictive.curvature(self._star, each) <= np.maximum(usual, NEGLIGIBLE_CURVATURE), axis=0) for each in read)
+        return next(both), next(both)
 
-    def _simulated(self) -> Coarse:
+    def _simulated(self, blocks: Blocks) -> Coarse:
         read = jax.jit(dictionary.reading)(self._forward)
         respond = jax.jit(predictive.response)
         chain, tissue = jax.tree.map(jnp.asarray, self._star.place)
-        each = [respond(read, self._map_of(self.candidates.block(index)), tissue) for index in range(len(self.candidates))]
+        each = [respond(read, self._map_of(blocks.block(index)), tissue) for index in range(len(blocks))]
         return Coarse(self._forward, read, predictive.together(each), (chain, tissue))
 
     def _map_of(self, block: SaturationBlock) -> LongitudinalMap:

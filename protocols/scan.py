@@ -101,7 +101,7 @@ class SaturationBlock(Model):
     t_sat_s: NonNegative
     """From the start of the first to the end of the last saturation pulse [s]; free precession when b1_ut is 0."""
     t_rec_s: NonNegative
-    """Free recovery between the previous readout and the saturation [s]; the first image's is skipped."""
+    """Free recovery between the previous readout and the saturation [s]; that of the first block played, dummy or image, is skipped."""
 
     @property
     def duration_s(self) -> float:
@@ -148,7 +148,7 @@ class Readout(Model):
 
 
 class FirstState(Model):
-    """Magnetisation just before the first saturation block, as a fraction of equilibrium in every pool."""
+    """Magnetisation just before the first saturation of all, that of the first dummy if there are any, as a fraction of equilibrium in every pool."""
 
     mz: float | Range = 1.0
     n_dummies: Annotated[int, Field(ge=0, le=1000)] = 0

@@ -74,17 +74,27 @@ class Advisor:
         mean, variance = self._predict(question, signals, self._mean_weights)
         return np.asarray(mean, float), np.asarray(variance, float)
 
-    def advise(self, reference: Reference, info: Info, regions: Sequence[np.ndarray], noise: NoiseEstimate, repetition: int) -> Advice:
+    def advise(
+        self,
+        reference: Reference,
+        info: Info,
+        regions: Sequence[np.ndarray],
+        noise: NoiseEstimate,
+        repetition: int,
+        is_enough: bool = False,
+    ) -> Advice:
         """After the image of a repetition was absorbed and its block played.
 
         Parameters
         ----------
         regions
             Voxels of each region, as indices into the leaves of `info`.
+        is_enough
+            As in `Prospect.advise`.
         """
         question, rows = self._question(reference, info, regions, noise, repetition)
         self._asked = question, rows
-        return self._prospect.advise(self._course, self._prospect.answer(self._course, question, rows, repetition + 1))
+        return self._prospect.advise(self._course, self._prospect.answer(self._course, question, rows, repetition + 1), is_enough)
 
     def _question(
         self, reference: Reference, info: Info, regions: Sequence[np.ndarray], noise: NoiseEstimate, repetition: int

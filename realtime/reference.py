@@ -91,7 +91,7 @@ class Reference:
         self._maps: dict[tuple[float, ...], LongitudinalMap] = {}
         self._state = self._initial_state()
         for index, block in enumerate(scan.schedule):
-            self._map_of(block, first=index == 0)
+            self._map_of(block, first=index == 0 and not scan.first_state.n_dummies)
         self._place = np.zeros((0, BLOCK), int)
         self._where = np.zeros(0, int)
         self._measured_in: list[dict[str, Measured]] = []
@@ -190,7 +190,8 @@ class Reference:
 
     def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
         """Carry the magnetisation through one repetition, whether or not its image counts; the signals expected at every node."""
-        self._state, expected = self._play(self.model.forward, self._reading, self._state, self._map_of(block, first=first))
+        begun = self._map_of(block, first=first and not self.scan.first_state.n_dummies)
+        self._state, expected = self._play(self.model.forward, self._reading, self._state, begun)
         return jax.block_until_ready(expected)
 
     def among_all(self, voxels: Int[np.ndarray, " voxel"]) -> Int[np.ndarray, " voxel"]:
@@ -213,7 +214,7 @@ class Reference:
 
     def _map_of(self, block: SaturationBlock, *, first: bool) -> LongitudinalMap:
         """The first block of all skips its recovery: the first state is that just before the saturation."""
-        played = block.model_copy(update={"t_rec_s": 0.0}) if first and not self.scan.first_state.n_dummies else block
+        played = block.model_copy(update={"t_rec_s": 0.0}) if first else block
         key = (played.b1_ut, played.offset_ppm, played.t_sat_s, played.t_rec_s)
         if key not in self._maps:
             if len(self._maps) > 2 * len(self.scan.schedule) + 64:  # an adaptive scan without end must not fill the memory

@@ -174,8 +174,7 @@ class Published:
         state = jax.jit(dictionary.start)(self._model.forward)
         dummies = self.scan.first_state.n_dummies
         blocks = [self.scan.schedule[0]] * dummies + list(self.scan.schedule[: max(repetitions) + 1])
-        if not dummies:
-            blocks[0] = blocks[0].model_copy(update={"t_rec_s": 0.0})
+        blocks[0] = blocks[0].model_copy(update={"t_rec_s": 0.0})
         expected = []
         for block in blocks:
             state, signals = play(self._model.forward, read, state, block_map(self._model.forward, tissue_model.saturation(self.scan, block)))

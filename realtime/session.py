@@ -335,7 +335,8 @@ class Session:
         reports = self._reporter.report(voxels.regions, voxels.places, info, self._screen.moved)
         independent = self.scan.noise.effective_voxel_fraction
         progress = [stopping.Region(each.name, each.fraction_converged, independent * each.n_voxels) for each in reports]
-        advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), self._estimate, repetition)
+        is_enough = self._stopping.would_stop_at is None and not stopping.behind(self._rule, progress)
+        advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), self._estimate, repetition, is_enough)
         veto = left_out or _misfit(self._fit) or self._screen.doubt or self._reference.veto
         self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto, advice.remaining_gain)
         self._n_decisions += 1

@@ -15,6 +15,7 @@ from scansteer.core.noise import NoiseEstimate
 from scansteer.core.prediction import Prediction
 from scansteer.protocols.prospect import Advice, Course, Prospect
 from scansteer.protocols.scan import SaturationBlock, Scan
+from scansteer.realtime import session
 from scansteer.simulators.follower import Followed, Follower
 from scansteer.simulators.world import Scanner, Scene
 
@@ -57,7 +58,7 @@ class Fixed:
         """Nothing is predicted."""
         return None
 
-    def advise(self, _number: int, _course: Course, _followed: Followed, _info: Info) -> Advice | None:
+    def advise(self, _number: int, _course: Course, _followed: Followed, _info: Info, _is_enough: bool) -> Advice | None:
         """No advice."""
         return None
 
@@ -73,11 +74,11 @@ class Adaptive:
         """What the next image should read; none before the first."""
         return None if self._foresee is None else self._foresee(course, block)
 
-    def advise(self, number: int, course: Course, followed: Followed, info: Info) -> Advice:
-        """What to play as image `number` (0-based) given all that is known."""
+    def advise(self, number: int, course: Course, followed: Followed, info: Info, is_enough: bool) -> Advice:
+        """What to play as image `number` (0-based) given all that is known; `is_enough` as in `Prospect.advise`."""
         question, rows, mean_weights = self._follower.question(followed, info, self._prospect, self._noise)
         self._foresee = lambda course, block: self._follower.foresee(self._prospect.read(course, block), question, rows, mean_weights)
-        return self._prospect.advise(course, self._prospect.answer(course, question, rows, number))
+        return self._prospect.advise(course, self._prospect.answer(course, question, rows, number), is_enough)
 
 
 def run(
@@ -103,7 +104,8 @@ def run(
     scanner, course = Scanner(scene), prospect.begin()
     followed = follower.begin(dict(scene.maps), scene.n_voxels)
     noise = _measured_noise(scene)
-    rule, state, record = rule_of(scene.described), stopping.init(), lack_of_fit.init()
+    rule = session.rule_of(scene.described)._replace(asks_operator=False)  # an operator who agrees at once
+    state, record = stopping.init(), lack_of_fit.init()
     truth, images, block = scene.truth, [], schedule[0]
     infos, places, blocks, advices, vetoes = [], [], [], [], []
     for number in range(len(schedule)):
@@ -112,10 +114,12 @@ def run(
             record = lack_of_fit.update(record, prediction.surprise(foreseen, images[-1]))
         followed, info = follower.absorb(followed, block, images[-1], noise)
         course = prospect.play(course, block)
-        advice = choice.advise(number + 1, course, followed, info)
+        region = _region(rule, info)
+        is_enough = until_stop and not stopping.behind(rule, [region])
+        advice = choice.advise(number + 1, course, followed, info, is_enough)
         fit = _fit(info, np.stack(images), noise, scene.described, record)
         remaining = np.inf if advice is None else advice.remaining_gain
-        state, verdict = stopping.update(rule, state, number + 1, [_region(rule, info)], None if fit.passed else "lack of fit", remaining)
+        state, verdict = stopping.update(rule, state, number + 1, [region], None if fit.passed else "lack of fit", remaining)
         infos.append(info.summary)
         places.append(follower.place(followed, info, truth))
         blocks.append(block)
@@ -137,13 +141,6 @@ def run(
         stopped_at=state.would_stop_at,
         truth=truth,
     )
-
-
-def rule_of(scan: Scan) -> stopping.Rule:
-    """The scan's own stop rule."""
-    first, second = (parameter.target_halfwidth_relative for parameter in scan.parameters.values())
-    stop = scan.stop
-    return stopping.Rule((first, second), stop.fraction_converged, stop.n_min, stop.confirmations, stop.plateau_nat)
 
 
 def _measured_noise(scene: Scene) -> NoiseEstimate:

@@ -90,8 +90,8 @@ class Follower:
         n_mixture, n_columns, _ = weights[0].shape
         empty = likelihood.init(n_voxels // len(measured), n_mixture, n_columns, self.prior.box.n_cells)
         followed = Followed(self._start, (empty,) * len(measured), weights, measured)
-        for _ in range(self.scan.first_state.n_dummies):
-            followed = replace(followed, state=self._played(followed, self.scan.schedule[0], first=False)[0])
+        for index in range(self.scan.first_state.n_dummies):
+            followed = replace(followed, state=self._played(followed, self.scan.schedule[0], first=index == 0)[0])
         return followed
 
     def absorb(self, followed: Followed, block: SaturationBlock, signal: np.ndarray, noise: NoiseEstimate) -> tuple[Followed, Info]:

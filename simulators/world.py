@@ -75,15 +75,16 @@ class Scanner:
         self._mz = signal.equilibrium(self._tissue) * scene.first_mz
         self._n_played = 0
         self._other = None if scene.other is None else Scanner(scene.other)
-        for _ in range(scene.true.first_state.n_dummies):
-            self._read(scene.true.schedule[0], first=False)
+        for index in range(scene.true.first_state.n_dummies):
+            self._read(scene.true.schedule[0], first=index == 0)
 
     def play(self, block: SaturationBlock) -> np.ndarray:
         """Play one repetition: pixel values, (voxel,)."""
         scene, rng = self.scene, np.random.default_rng((*self.scene.seed, 77, self._n_played))
-        clean = self._read(block, first=self._n_played == 0 and not scene.true.first_state.n_dummies) + scene.offset
+        is_first = self._n_played == 0 and not scene.true.first_state.n_dummies
+        clean = self._read(block, first=is_first) + scene.offset
         if self._other is not None:
-            elsewhere = self._other._read(block, first=self._n_played == 0) + scene.offset
+            elsewhere = self._other._read(block, first=is_first) + scene.offset
             clean = 0.5 * (clean + elsewhere) if self._n_played >= MOVES_AT else clean
         clean = clean + scene.described.noise.discrepancy * rng.normal()
         real = scene.amplitude * (1 - scene.drift) ** self._n_played * clean + rng.normal(0.0, scene.sigma, scene.n_voxels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from any_limits import any_limits
 from scansteer.core.design import Answer, Question
+from scansteer.core.errors import ScansteerError
 from scansteer.protocols import limits
 from scansteer.protocols.larg_phantom import PUBLISHED
 from scansteer.protocols.limits import Played
@@ -128,6 +130,33 @@ def test_nothing_is_advised_where_the_limits_leave_nothing(prospect):
     advice = with_limits(prospect, nothing).advise(prospect.begin(), an_answer(np.ones(len(prospect.candidates))))
     assert advice.block is None
     assert advice.gain == 0
+
+
+def test_where_targets_are_met_the_next_pulse_puts_the_model_to_the_test(prospect):
+    """Within the limits, on the other side of water first, and never like one that was played; nothing is promised of it."""
+    course = prospect.play(prospect.begin(), SCAN.schedule[0])
+    answer = an_answer(np.ones(len(prospect.candidates)))
+    offsets = []
+    for _ in range(4):
+        advice = prospect.advise(course, answer, is_enough=True)
+        assert breaches(SCAN.limits, list(course.played), advice.block) == []
+        assert advice.block not in course.blocks
+        assert advice.gain == 0
+        offsets.append(advice.block.offset_ppm)
+        course = prospect.play(course, advice.block)
+    assert offsets[0] < 0
+    assert len({round(abs(offset), 3) for offset in offsets}) >= 3
+
+
+def test_where_limits_leave_no_probe_the_usual_pulse_is_advised(prospect):
+    slow = SCAN.limits.model_copy(update={"t_sat_s": Range(lower=0.5, upper=1.0)})
+    answer = an_answer(np.ones(len(prospect.candidates)))
+    assert with_limits(prospect, slow).advise(prospect.begin(), answer, is_enough=True).gain == 1
+
+
+def test_single_precision_is_refused():
+    with jax.enable_x64(False), pytest.raises(ScansteerError, match="jax_enable_x64"):
+        Prospect(SCAN)
 
 
 def test_candidates_read_what_the_simulator_plays(prospect):
