@@ -55,7 +55,7 @@ def echo_process(endpoint: str, ready: Any) -> None:
 
 
 def service_process(config: dict, ready: Any, stop: Any, encoder: str | None) -> None:
-    def nothing(setup):
+    def nothing(setup: object) -> Any:
         return None  # no posterior: the images of the ingest benchmark wait for one that does not come
 
     make = nothing if encoder is None else session_maker(encoder=None if encoder == "shipped" else encoder)
