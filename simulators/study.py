@@ -66,7 +66,7 @@ def run_study(
         study = Study(scan, Prospect(scan), Follower(scan, world.mapped_auxiliaries(scan)), seed)
         progress.advance(task)
         traces = _compare(study, repeats, n_restarts, pool, progress)
-        loops = {name: _loops(study, name, repeats, pool, progress) for name in worlds}
+        loops = {name: stops(study, name, repeats, pool, progress) for name in worlds}
     result = _summary(study, repeats, traces, loops)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def _relative_noise(scenes: Sequence[Scene]) -> float:
     return float(np.mean([scene.sigma / np.mean(scene.amplitude) for scene in scenes]))
 
 
-def _loops(study: Study, name: str, repeats: int, pool: ThreadPoolExecutor, progress: Progress) -> list[Trace]:
+def stops(study: Study, name: str, repeats: int, pool: ThreadPoolExecutor, progress: Progress) -> list[Trace]:
     """Single voxels drawn from the priors, scanned adaptively until they may stop."""
 
     def one(number: int) -> Trace:
@@ -183,7 +183,7 @@ def _summary(study: Study, repeats: int, traces: dict[str, list[Trace]], loops: 
         "design_gain_images": _mean(one.images - other.images for one, other in zip(reached["published"], reached["adaptive"], strict=True)),
         "stop_gain_images": _mean(len(study.scan.schedule) + 1 - trace.stopped_at for trace in traces["published"] if trace.stopped_at),
         "decisions_with_suggestion": _mean(advice.block is not None for trace in traces["adaptive"] for advice in trace.advice if advice),
-        "worlds": {name: _of_world(each, len(study.scan.schedule)) for name, each in loops.items()},
+        "worlds": {name: of_world(each, len(study.scan.schedule)) for name, each in loops.items()},
         "anytime_ever_miss": _mean(bool(np.any(trace.log_ratio < np.log(ANYTIME_LEVEL))) for trace in as_described),
     }
 
@@ -200,7 +200,7 @@ def _of_schedule(traces: Sequence[Trace], reached: Sequence[Reached]) -> dict[st
     }
 
 
-def _of_world(traces: Sequence[Trace], n_planned: int) -> dict[str, Any]:
+def of_world(traces: Sequence[Trace], n_planned: int) -> dict[str, Any]:
     stopped = [trace for trace in traces if trace.stopped_at is not None]
     inside = [bool(trace.credibility[trace.stopped_at - 1, 0] <= 0.95) for trace in stopped if trace.stopped_at]
     intervals = np.array([trace.inside[trace.stopped_at - 1, 0] for trace in stopped if trace.stopped_at]).reshape(-1, 2)

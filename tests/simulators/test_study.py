@@ -88,13 +88,13 @@ def test_ratios_compare_like_with_like():
 
 def test_a_world_is_judged_by_what_lies_outside_when_it_stops():
     traces = [a_trace([1] * 4, [0] * 4, stopped_at=3), a_trace([1] * 4, [0] * 4, stopped_at=4, credibility=0.99), a_trace([1] * 4, [0] * 4)]
-    judged = study._of_world([*traces, a_trace([1] * 4, [0] * 4, vetoed=True)], 10)
+    judged = study.of_world([*traces, a_trace([1] * 4, [0] * 4, vetoed=True)], 10)
     assert judged["stopped"] == 0.5
     assert judged["coverage_at_stop"] == 0.5
     assert judged["stopped_with_truth_outside"] == 0.25
     assert judged["vetoed"] == 0.25
     assert judged["images_at_stop"] == 3.5
-    assert study._of_world([traces[2]], 10)["coverage_at_stop"] is None
+    assert study.of_world([traces[2]], 10)["coverage_at_stop"] is None
 
 
 def test_what_the_scanner_reads_is_what_the_follower_expects(follower):

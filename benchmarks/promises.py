@@ -1,0 +1,146 @@
+"""Do intervals and stops keep their promise? On the two published scans, and in closed loops whose truth is known.
+
+    python benchmarks/promises.py real  [SCAN ...]                 replays; the scans lie in the folder SCANSTEER_DATA (default ../shared/data)
+    python benchmarks/promises.py loops SCAN [RUNS] [WORLD ...]    single voxels drawn from the priors, scanned adaptively until they may stop
+
+Errors of a real scan are against its own last image. For "moves as it says", z = (theta_n - theta_30) / sqrt(V_n - V_30) should have an rms of 1; V is
+that of a normal with the 95 % interval's width; voxels whose V has shrunk by less than a twentieth since n have no z and are counted apart.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.progress import Progress
+
+from scansteer.protocols.prospect import Prospect
+from scansteer.protocols.scan import Scan, load
+from scansteer.realtime.images import Frame
+from scansteer.realtime.messages import Decision
+from scansteer.realtime.session import Session
+from scansteer.realtime.sources import open_source
+from scansteer.realtime.worker import Setup
+from scansteer.simulators import study, world
+from scansteer.simulators.follower import Follower
+
+DATA = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+FILES = {"larg-phantom-9.4T": "larg_phantom_9T4", "larg-phantom-9.4T-wide": "larg_phantom_9T4", "mt-mouse-7T-30": "mouse_mt_7T"}
+VIALS = ((24, 18), (25, 44), (44, 30))
+"""Centres (row, column) in the phantom."""
+VIAL_RADIUS_SQUARED = 130
+
+
+class Replayed(NamedTuple):
+    """A scan replayed over its publishers' mask; in the order of the scan's parameters."""
+
+    decisions: list[Decision]
+    estimate: np.ndarray
+    """(image, parameter, voxel), as the others."""
+    halfwidth: np.ndarray
+    parts: dict[str, np.ndarray]
+    """Vials of the phantom, or the whole mask: which voxels."""
+    ready_s: float
+
+
+def replayed(scan: Scan, file: str) -> Replayed:
+    """Every image, by the reference posterior."""
+    mask = np.load(DATA / f"{file}.truth.npz")["mask"]
+    with open_source(DATA / f"{file}.h5") as source:
+        auxiliaries = {stored.frame.role: stored.frame for stored in source.auxiliaries()}
+        frames = [stored.frame for stored in source.images()]
+    region = Frame(mask[None].astype(float), frames[0].geometry, role="mask")
+    session = Session(Setup("promises", scan, region=region, auxiliaries=auxiliaries))
+    decisions, estimate, halfwidth = [], [], []
+    for frame in frames:
+        decisions.append(session.absorb(frame, received_at=0.0))
+        maps = {name: values[0][mask] for name, values in session.maps().items()}
+        estimate.append([maps[f"{name}_map"] for name in scan.parameter_names])
+        halfwidth.append([(maps[f"{name}_upper"] - maps[f"{name}_lower"]) / 2 for name in scan.parameter_names])
+    session.close()
+    return Replayed(decisions, np.array(estimate), np.array(halfwidth), _parts(mask, file), session.ready_s)
+
+
+def _parts(mask: np.ndarray, file: str) -> dict[str, np.ndarray]:
+    if "phantom" not in file:
+        return {"all": np.ones(np.count_nonzero(mask), bool)}
+    rows, columns = np.nonzero(mask)
+    vials = [(rows - row) ** 2 + (columns - column) ** 2 < VIAL_RADIUS_SQUARED for row, column in VIALS]
+    return {f"vial {number}": vial for number, vial in enumerate(vials, 1)}
+
+
+def real(name: str) -> None:
+    """Print what one scan's replay says."""
+    scan = load(name)
+    got = replayed(scan, FILES[name])
+    n_images = len(got.decisions)
+    error = np.abs(got.estimate - got.estimate[-1])
+    within = np.mean(error[2:-1] <= got.halfwidth[2:-1], axis=2)
+    relative = got.halfwidth / got.estimate
+    refused = [decision.n_images for decision in got.decisions if not decision.lack_of_fit.passed]
+    print(f"\n## {name}: {got.estimate.shape[2]} voxels, ready in {got.ready_s:.0f} s\n")
+    print(f"lack of fit at n = {_listed(refused)}; would stop at {got.decisions[-1].would_stop_at}")
+    for axis, parameter in enumerate(scan.parameter_names):
+        worst = int(np.argmin(within[:, axis]))
+        print(f"\n{parameter}: within the half-width {within[:, axis].mean():.1%} of (voxel, n = 3 .. {n_images - 1}), worst n = {worst + 3}: "
+              f"{within[worst, axis]:.1%}; per n: {' '.join(f'{share:.2f}' for share in within[:, axis])}")  # fmt: skip
+        for n in (18, n_images):
+            shown = ", ".join(f"{part} {np.median(relative[n - 1, axis, voxels]):.1%}" for part, voxels in got.parts.items())
+            print(f"  half-width at n = {n}: median {np.median(relative[n - 1, axis]):.1%} ({shown})")
+        for part, voxels in got.parts.items():
+            print(f"  moves as it says, {part}: {_movement(got.estimate[4:25, axis][:, voxels], got.halfwidth[4:25, axis][:, voxels], got, axis, voxels)}")
+    if (stopped := got.decisions[-1].would_stop_at) is not None:
+        targets = np.array([each.target_halfwidth_relative for each in scan.parameters.values()])[:, None]
+        kept = np.mean(error[stopped - 1] <= targets * got.estimate[-1], axis=1)
+        print(f"\nerror at the stop within the target: {', '.join(f'{share:.1%}' for share in kept)} of voxels")
+
+
+def _movement(estimate: np.ndarray, halfwidth: np.ndarray, got: Replayed, axis: int, voxels: np.ndarray) -> str:
+    """The rms of z over voxels and images."""
+    before, last = (halfwidth / 1.96) ** 2, (got.halfwidth[-1, axis, voxels] / 1.96) ** 2
+    shrunk = before - last > 0.05 * before
+    z = ((estimate - got.estimate[-1, axis, voxels]) / np.sqrt(np.where(shrunk, before - last, 1.0)))[shrunk]
+    return f"z rms {np.sqrt(np.mean(z**2)):.2f} (without the outermost hundredth {_trimmed(z):.2f}), no z {np.mean(~shrunk):.1%}"
+
+
+def _trimmed(z: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.sort(z**2)[: max(1, int(0.99 * len(z)))])))
+
+
+def _listed(numbers: list[int]) -> str:
+    """1, 2, 3, 7 -> "1-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs) or "none"
+
+
+def loops(name: str, runs: int = 200, *worlds: str) -> None:
+    """Print one line per world."""
+    scan = load(name)
+    with Progress(disable=True) as progress, ThreadPoolExecutor(1) as pool:
+        mapped = world.mapped_auxiliaries(scan)
+        shared = study.Study(scan, Prospect(scan), Follower(scan, mapped), seed=0)
+        print(f"\n## {name}: {runs} runs per world\n")
+        for each in worlds or world.WORLDS:
+            begun = time.process_time()
+            found = study.of_world(study.stops(shared, each, runs, pool, progress), len(scan.schedule))
+            said = ", ".join(f"{key} {value:.3g}" for key, value in found.items() if value is not None and key != "runs")
+            print(f"{each}: {said} ({time.process_time() - begun:.0f} s of CPU)", flush=True)
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:] or ["real"]
+    if what == "loops":
+        loops(rest[0], *(int(each) if each.isdigit() else each for each in rest[1:]))  # type: ignore[arg-type]
+    else:
+        for scan_name in rest or FILES:
+            real(scan_name)
