@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +58,6 @@ MOST_VOXELS_OF_RECORDING = 1024
 """Voxels drawn from a measured scan."""
 SUBSETS_PER_VOXEL = 12
 """Random subsets of a measured scan's images, for each of its voxels."""
-STEPS = 3000
-STEPS_FROM_START = 1000
-"""Optimiser steps, unless told otherwise; the latter where a run starts from trained weights."""
-RATE_FROM_START = 0.3
-"""Share of the learning rate that is right for trained weights."""
 
 Tell = Callable[[str, int, int], None]
 """What is going on, how much is done, of how much."""
@@ -73,15 +68,15 @@ class Settings:
     """What determines a run, besides the scan and the files."""
 
     seed: int = 0
-    n_scans: int = 60
+    n_scans: int = 40
     """Simulated scans; every third plays the published schedule, the others random orders and pulses."""
     n_groups: int = 2
     """Groups of 64 voxels in each."""
-    n_short_scans: int = 240
+    n_short_scans: int = 120
     """Of one group and few images beside them: posteriors of few images are the least Gaussian, and pulses come in any order."""
     n_short: int = 9
     """Images of a short scan."""
-    n_steps: int = STEPS
+    n_steps: int = 3000
     n_refinements: int = 4
     batch: int = 768
     learning_rate: float = 3e-3
@@ -91,6 +86,10 @@ class Settings:
     """Of a batch, where there are measured scans."""
     n_calibration_scans: int = 12
     """Simulated scans, not trained on, from which the calibration figures in the file come."""
+
+
+FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, learning_rate=1e-3)
+"""What is usual where a run starts from trained weights."""
 
 
 class Bank(NamedTuple):
@@ -379,11 +378,8 @@ def train_files(
         Unknown roles, or files that do not have these maps.
     """
     trained = weights_of(start, scan)
-    if trained is None:
-        settings = Settings(seed=seed, n_steps=steps or STEPS)
-    else:
-        rate = RATE_FROM_START * Settings.learning_rate
-        settings = Settings(seed=seed, n_steps=steps or STEPS_FROM_START, learning_rate=rate)
+    usual = Settings() if trained is None else FURTHER
+    settings = replace(usual, seed=seed, n_steps=usual.n_steps if steps is None else steps)
     with shown() as tell:
         recordings = []
         for number, file in enumerate(files):
