@@ -8,12 +8,14 @@ interpolated by polynomials in between. In the likelihood a nuisance is a random
 * unmeasured: the derivative at the centre of the range, times the standard deviation of the range. A range may be cut into equal
   slices, which then form a mixture: the finer quadrature against which the plain one is checked.
 
-This is first-order propagation: the coefficient is taken as Gaussian; curvature and products of two nuisances are left out.
+This is first-order propagation: the coefficient is taken as Gaussian; curvature and products of two nuisances are left out. An unmeasured
+nuisance whose slope vanishes within its range (B0 at a pool's own offset) may have its curvature as well: of the square of the deviation, the mean
+belongs to the mean signal, and the rest is one more coefficient, uncorrelated with the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import product
 from typing import NamedTuple
@@ -32,6 +34,13 @@ class Axis(NamedTuple):
     n_slices: int = 1
     logarithmic: bool = False
     """Interpolate in the logarithm (relaxation times)."""
+    curved: bool = False
+    """While it is unmeasured its curvature counts too; not for a logarithmic axis."""
+
+    @property
+    def n_coefficients(self) -> int:
+        """Random coefficients while it is unmeasured."""
+        return 1 + self.curved
 
     def coordinate(self, value: Float[np.ndarray, " x"]) -> Float[np.ndarray, " x"]:
         """-1 .. 1 over the range."""
@@ -64,10 +73,16 @@ def tensor_nodes(axes: Sequence[Axis]) -> Float[np.ndarray, "node axis"]:
 def columns(axes: Sequence[Axis], maps: Mapping[str, Measured]) -> Float[np.ndarray, "mixture column node"]:
     """The linear maps from signals at the nodes to the likelihood's columns, for every mixture component.
 
-    Column 0 is the mean signal, the others belong to one nuisance's coefficient each, in the order of the axes.
+    Column 0 is the mean signal, the others belong to one nuisance's coefficient each, in the order of `coefficients`.
     """
     slices = [range(1 if axis.name in maps else axis.n_slices) for axis in axes]
     return np.stack([_component(axes, maps, choice) for choice in product(*slices)])
+
+
+def coefficients(axes: Sequence[Axis], mapped: Iterable[str]) -> list[str]:
+    """Names of the coefficients: of every axis, and after it that of its curvature where it has one."""
+    measured = frozenset(mapped)
+    return [name for axis in axes for name in (axis.name, f"{axis.name} squared")[: 1 if axis.name in measured else axis.n_coefficients]]
 
 
 def with_offset(columns: Float[np.ndarray, "mixture column node"], centre: float, sd: float) -> Float[np.ndarray, "mixture column_ node_"]:
@@ -82,12 +97,12 @@ def with_offset(columns: Float[np.ndarray, "mixture column node"], centre: float
 
 
 def _component(axes: Sequence[Axis], maps: Mapping[str, Measured], choice: Sequence[int]) -> Float[np.ndarray, "column node"]:
-    """Columns of one mixture component: the mean, then the derivative along each axis with the others at their centres."""
+    """Columns of one mixture component: the mean, then the derivatives along each axis with the others at their centres."""
     known = [maps.get(axis.name) or _slice_of_range(axis, index) for axis, index in zip(axes, choice, strict=True)]
-    rows = [_value_and_slope(axis, each) for axis, each in zip(axes, known, strict=True)]
-    values = [value for value, _ in rows]
-    slopes = [_outer([*values[:j], slope, *values[j + 1 :]]) for j, (_, slope) in enumerate(rows)]
-    return np.stack([_outer(values), *slopes])
+    rows = [_rows(axis, each, axis.curved and axis.name not in maps) for axis, each in zip(axes, known, strict=True)]
+    values = [row[0] for row in rows]
+    others = [_outer([*values[:j], other, *values[j + 1 :]]) for j, row in enumerate(rows) for other in row[1:]]
+    return np.stack([_outer(values), *others])
 
 
 def _slice_of_range(axis: Axis, index: int) -> Measured:
@@ -95,12 +110,18 @@ def _slice_of_range(axis: Axis, index: int) -> Measured:
     return Measured(axis.lower + width * (index + 0.5), width / np.sqrt(12))
 
 
-def _value_and_slope(axis: Axis, known: Measured) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, " node"]]:
-    """Weights of the nodes for the value, and for the derivative times the standard deviation, at the centre."""
+def _rows(axis: Axis, known: Measured, is_curved: bool) -> list[Float[np.ndarray, " node"]]:
+    """Weights of the nodes for the mean, for the derivative times the standard deviation, and for the curvature where it counts.
+
+    F(centre + sd u) = F + F' sd u + F'' sd^2 u^2 / 2; over a range u is uniform, and u^2 has mean 1 and standard deviation sqrt(4/5).
+    """
     value = np.clip(known.centre, axis.lower, axis.upper)
     span = np.log(axis.upper / axis.lower) * value if axis.logarithmic else axis.upper - axis.lower
-    basis, slope = _lagrange(axis.n_nodes, axis.coordinate(np.array([value])))
-    return basis[0], slope[0] * (2 * known.sd / span)
+    basis, slope, bend = (each[0] for each in _lagrange(axis.n_nodes, axis.coordinate(np.array([value]))))
+    sd = 2 * known.sd / span
+    if not is_curved:
+        return [basis, slope * sd]
+    return [basis + 0.5 * bend * sd**2, slope * sd, 0.5 * bend * sd**2 * np.sqrt(0.8)]
 
 
 def _chebyshev_nodes(n: int) -> Float[np.ndarray, " node"]:
@@ -108,13 +129,12 @@ def _chebyshev_nodes(n: int) -> Float[np.ndarray, " node"]:
     return -np.cos((2 * np.arange(n) + 1) * np.pi / (2 * n))
 
 
-def _lagrange(n_nodes: int, x: Float[np.ndarray, " x"]) -> tuple[Float[np.ndarray, "x node"], Float[np.ndarray, "x node"]]:
-    """Lagrange basis polynomials of the Chebyshev nodes, and their derivatives, at x in -1 .. 1."""
+def _lagrange(n_nodes: int, x: Float[np.ndarray, " x"]) -> list[Float[np.ndarray, "x node"]]:
+    """Lagrange basis polynomials of the Chebyshev nodes, and their first and second derivatives, at x in -1 .. 1."""
     cheb = np.polynomial.chebyshev
-    coefficients = np.linalg.inv(cheb.chebvander(_chebyshev_nodes(n_nodes), n_nodes - 1))  # column j: basis polynomial j
-    basis = cheb.chebval(x, coefficients).T
-    slope = cheb.chebval(x, cheb.chebder(coefficients)).T if n_nodes > 1 else np.zeros_like(basis)
-    return basis.reshape(len(x), n_nodes), slope.reshape(len(x), n_nodes)
+    polynomials = np.linalg.inv(cheb.chebvander(_chebyshev_nodes(n_nodes), n_nodes - 1))  # column j: basis polynomial j
+    derivatives = [polynomials, *(cheb.chebder(polynomials, order) for order in (1, 2))]
+    return [cheb.chebval(x, each).T.reshape(len(x), n_nodes) for each in derivatives]
 
 
 def _outer(factors: Sequence[Float[np.ndarray, " node_i"]]) -> Float[np.ndarray, " node"]:

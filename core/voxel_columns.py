@@ -25,7 +25,7 @@ class Columns(NamedTuple):
     axes: tuple[Axis, ...]
     mapped: tuple[str, ...]
     shared: Float[np.ndarray, "row node"]
-    """Unmapped axes: the mean row, then one row for each axis."""
+    """Unmapped axes: the mean row, then one row for each coefficient."""
     row: tuple[int, ...]
     """Of each column, its shared row."""
     kind: tuple[int, ...]
@@ -59,9 +59,9 @@ def make(axes: Sequence[Axis], mapped: Sequence[str], offset: tuple[float, float
             row.append(0)
             kind.append(1 + known.index(axis.name))
             continue
-        row.append(following)
-        kind.append(0)
-        following += 1
+        row.extend(range(following, following + axis.n_coefficients))
+        kind.extend([0] * axis.n_coefficients)
+        following += axis.n_coefficients
     return Columns(whole, known, shared, tuple(row), tuple(kind), offset)
 
 

@@ -78,7 +78,9 @@ def tissue_axes(scan: Scan) -> tuple[Axis, ...]:
     """Nuisances of tissue and field with a range; a range of no width is a constant."""
     described: dict[str, Range] = {name: span for name, span in scan.auxiliaries.items()}  # noqa: C416 - widens the type
     described |= {tissue_model.pool_t2_name(pool): pool.t2_s for pool in scan.pools if isinstance(pool.t2_s, Range)}
-    return tuple(_axis(name, span) for name, span in described.items() if span.upper > span.lower)
+    axes = (_axis(name, span) for name, span in described.items() if span.upper > span.lower)
+    has_solute = any(pool.kind == "solute" for pool in scan.pools)  # saturated at its own offset, where the slope with B0 vanishes
+    return tuple(axis._replace(curved=has_solute and axis.name == "b0_ppm") for axis in axes)
 
 
 def chain_axes(scan: Scan) -> tuple[Axis, ...]:

@@ -77,7 +77,7 @@ class Reference:
         self.model = forward.model(scan, n_points)
         self._mapped = frozenset(mapped) & {axis.name for axis in self.model.axes}
         lower, upper = bounds(scan.readout.offset)
-        self._coefficients = [*(axis.name for axis in self.model.axes), *(["offset"] if upper > lower else [])]
+        self._coefficients = [*nuisance.coefficients(self.model.axes, self._mapped), *(["offset"] if upper > lower else [])]
         self._n_mixture = math.prod(axis.n_slices for axis in self.model.axes if axis.name not in self._mapped)
         self._discrepancy = jnp.asarray(scan.noise.discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-posterior")

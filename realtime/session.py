@@ -392,7 +392,7 @@ def n_shared(scan: Scan, mapped: Sequence[str]) -> int:
     """Nuisances that are not measured voxel by voxel."""
     axes = (*forward.chain_axes(scan), *forward.tissue_axes(scan))
     lower, upper = bounds(scan.readout.offset)
-    return sum(axis.name not in mapped for axis in axes) + (upper > lower)
+    return sum(axis.n_coefficients for axis in axes if axis.name not in mapped) + (upper > lower)
 
 
 def _misfit(fit: lack_of_fit.Check) -> str | None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from scansteer.core import nuisance
+from scansteer.core import nuisance, predictive
 from scansteer.core.nuisance import Axis, Measured
 
 T1 = Axis("t1_s", 1.0, 3.0, n_nodes=5, logarithmic=True)
@@ -33,6 +33,27 @@ def test_slices_keep_mean_and_variance_of_the_range():
     assert parts[:, 0].var() + (parts[:, 1] ** 2).mean() == pytest.approx(0.2**2 / 12)
 
 
+def test_a_curved_nuisance_gives_mean_and_variance_of_a_quadratic_signal():
+    axis = Axis("b0_ppm", -0.1, 0.3, n_nodes=3, curved=True)
+    rows = nuisance.columns([axis], {})[0] @ at_nodes([axis], lambda b0: 2 + b0 - 5 * (b0 - 0.1) ** 2)
+    drawn = np.linspace(-0.1, 0.3, 100_001)
+    signals = 2 + drawn - 5 * (drawn - 0.1) ** 2
+    assert rows[0] == pytest.approx(signals.mean(), abs=1e-5)
+    assert np.sum(rows[1:] ** 2) == pytest.approx(signals.var(), rel=1e-3)
+
+
+def test_a_curved_nuisance_has_two_coefficients_unless_it_is_measured():
+    axes = [B1, Axis("b0_ppm", -0.1, 0.1, curved=True), T1]
+    for maps in ({}, {"b0_ppm": Measured(0.02, 0.01)}):
+        weights = nuisance.columns(axes, maps)[0]
+        names = nuisance.coefficients(axes, maps)
+        assert len(weights) == 1 + len(names) == 5 - len(maps)
+        by = dict(zip(names, weights[1:] @ at_nodes(axes, lambda b1, b0, t1: b1 + 3 * b0**2 + 0 * t1), strict=True))
+        assert by["b1_relative"] == pytest.approx(0.2 / np.sqrt(12))
+        assert by["t1_s"] == pytest.approx(0, abs=1e-9)
+        assert by["b0_ppm"] == pytest.approx(3 * 2 * 0.02 * 0.01 if maps else 0, abs=1e-9)
+
+
 def test_axes_combine_in_the_order_of_the_tensor_nodes():
     axes = [T1, B1]
     weights = nuisance.columns(axes, {"t1_s": Measured(2.0, 0.1)})[0]
@@ -50,3 +71,16 @@ def test_offset_is_one_more_column_that_reads_one():
 
 def test_no_axes_leave_the_signal_alone():
     np.testing.assert_array_equal(nuisance.columns([], {}), np.ones((1, 1, 1)))
+
+
+def test_the_star_of_nodes_gives_the_same_columns_as_the_tensor_grid():
+    """For signals in which nuisances add up, slices and curvature included."""
+    axes = (T1._replace(n_slices=2), Axis("b0_ppm", -0.1, 0.2, curved=True), B1)
+
+    def signal(t1, b0, b1):
+        return np.log(t1) + 3 * b0**2 + b0 + 0.5 * b1
+
+    star = predictive.star((), axes)
+    on_star = signal(*star.tissue.T)[star.place[1]]
+    on_grid = signal(*nuisance.tensor_nodes(axes).T)
+    np.testing.assert_allclose(predictive.columns(star, {}) @ on_star, nuisance.columns(axes, {}) @ on_grid, atol=1e-9)
