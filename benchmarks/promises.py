@@ -3,8 +3,8 @@
     python benchmarks/promises.py real  [SCAN ...]                 replays; the scans lie in the folder SCANSTEER_DATA (default ../shared/data)
     python benchmarks/promises.py loops SCAN [RUNS] [WORLD ...]    single voxels drawn from the priors, scanned adaptively until they may stop
 
-Errors of a real scan are against its own last image. For "moves as it says", z = (theta_n - theta_30) / sqrt(V_n - V_30) should have an rms of 1; V is
-that of a normal with the 95 % interval's width; voxels whose V has shrunk by less than a twentieth since n have no z and are counted apart.
+Errors of a real scan are against its own last image. For "moves as it says", z = (theta_n - theta_30) / sqrt(V_n - V_30) should have an rms
+of 1; V is that of a normal with the width of the 95 % interval. Voxels whose V shrank by less than a twentieth since n have no z, and are counted.
 """
 
 from __future__ import annotations
@@ -93,18 +93,19 @@ def real(name: str) -> None:
             shown = ", ".join(f"{part} {np.median(relative[n - 1, axis, voxels]):.1%}" for part, voxels in got.parts.items())
             print(f"  half-width at n = {n}: median {np.median(relative[n - 1, axis]):.1%} ({shown})")
         for part, voxels in got.parts.items():
-            print(f"  moves as it says, {part}: {_movement(got.estimate[4:25, axis][:, voxels], got.halfwidth[4:25, axis][:, voxels], got, axis, voxels)}")
+            print(f"  moves as it says, {part}: {_movement(got.estimate[:, axis, voxels], got.halfwidth[:, axis, voxels])}")
     if (stopped := got.decisions[-1].would_stop_at) is not None:
         targets = np.array([each.target_halfwidth_relative for each in scan.parameters.values()])[:, None]
         kept = np.mean(error[stopped - 1] <= targets * got.estimate[-1], axis=1)
         print(f"\nerror at the stop within the target: {', '.join(f'{share:.1%}' for share in kept)} of voxels")
 
 
-def _movement(estimate: np.ndarray, halfwidth: np.ndarray, got: Replayed, axis: int, voxels: np.ndarray) -> str:
-    """The rms of z over voxels and images."""
-    before, last = (halfwidth / 1.96) ** 2, (got.halfwidth[-1, axis, voxels] / 1.96) ** 2
-    shrunk = before - last > 0.05 * before
-    z = ((estimate - got.estimate[-1, axis, voxels]) / np.sqrt(np.where(shrunk, before - last, 1.0)))[shrunk]
+def _movement(estimate: np.ndarray, halfwidth: np.ndarray) -> str:
+    """The rms of z over voxels and images 5 .. 25; both (image, voxel)."""
+    variance = (halfwidth / 1.96) ** 2
+    gone = variance[4:25] - variance[-1]
+    shrunk = gone > 0.05 * variance[4:25]
+    z = ((estimate[4:25] - estimate[-1]) / np.sqrt(np.where(shrunk, gone, 1.0)))[shrunk]
     return f"z rms {np.sqrt(np.mean(z**2)):.2f} (without the outermost hundredth {_trimmed(z):.2f}), no z {np.mean(~shrunk):.1%}"
 
 

@@ -133,10 +133,12 @@ def test_nothing_is_advised_where_the_limits_leave_nothing(prospect):
 
 
 def test_where_targets_are_met_the_next_pulse_puts_the_model_to_the_test(prospect):
-    """Within the limits, on the other side of water first, and never like one that was played; nothing is promised of it."""
+    """Within the limits: the first image once more, then the other side of water, and nothing like what was played; no gain is promised."""
     course = prospect.play(prospect.begin(), SCAN.schedule[0])
     answer = an_answer(np.ones(len(prospect.candidates)))
-    offsets = []
+    again = prospect.advise(course, answer, is_enough=True).block
+    assert again == SCAN.schedule[0]
+    course, offsets = prospect.play(course, again), []
     for _ in range(4):
         advice = prospect.advise(course, answer, is_enough=True)
         assert breaches(SCAN.limits, list(course.played), advice.block) == []
