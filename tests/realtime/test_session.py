@@ -208,7 +208,10 @@ def test_a_stop_waits_for_the_operator_where_the_scan_says_so(scan, frames):
     easy = {name: parameter.model_copy(update={"target_halfwidth_relative": 50.0}) for name, parameter in scan.parameters.items()}
     asking = scan.model_copy(update={"parameters": easy, "stop": Stop(n_min=3, operator_confirmation=True, fraction_converged=0.5)})
     one = session(asking)
-    proposed = play(one, frames[:4])[-1]
+    *before, proposed = play(one, frames[:4])
+    assert [decision.cause for decision in before] == ["target", "few-images", "operator"]
+    is_probe = [decision.next_pulse.expected_gain == 0 for decision in (*before, proposed)]
+    assert is_probe == [False, True, True, False]  # from when the targets are met until a stop has been proposed
     assert (proposed.action, proposed.cause, proposed.would_stop_at) == ("continue", "operator", 3)
     confirmed = one.confirm_stop()
     assert (confirmed.action, confirmed.sequence_number, confirmed.next_pulse) == ("stop", 4, None)
