@@ -105,8 +105,9 @@ def _chebyshev(coefficients: np.ndarray, z: Float[Array, "..."]) -> Float[Array,
     """The series at z, held within the reach, by Clenshaw's recurrence."""
     x = jnp.clip(z / REACH, -1.0, 1.0)
     after, last = jnp.zeros_like(x), jnp.zeros_like(x)
+    twice = 2 * x
     for each in coefficients[:0:-1].tolist():
-        after, last = 2 * x * after - last + each, after
+        after, last = twice * after - last + each, after
     return x * after - last + float(coefficients[0])
 
 
@@ -116,12 +117,11 @@ def _beta_quantile(mass: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def points(
-    mean: Float[Array, "voxel 2"], root: Float[Array, "voxel 3"], stencil: Float[Array, "point 2"]
-) -> Float[Array, "voxel point 2"]:
+    mean: Float[Array, "voxel 2"], root: Float[Array, "voxel 3"], stencil: Float[np.ndarray, "point 2"]
+) -> Float[Array, "2 point voxel"]:
     """mean + C e for every e of the stencil; `root` holds the lower triangle C11, C21, C22."""
-    first = mean[:, :1] + root[:, :1] * stencil[:, 0]
-    second = mean[:, 1:] + root[:, 1:2] * stencil[:, 0] + root[:, 2:] * stencil[:, 1]
-    return jnp.stack([first, second], axis=-1)
+    first, second = (jnp.asarray(each, mean.dtype)[:, None] for each in stencil.T)
+    return jnp.stack([mean[:, 0] + root[:, 0] * first, mean[:, 1] + root[:, 1] * first + root[:, 2] * second])
 
 
 def covariance(root: Float[Array, "*voxel 3"]) -> Float[Array, "*voxel 2 2"]:

@@ -13,20 +13,25 @@ Decoding, in the coordinate z where the prior is N(0, 1) (core.coordinate), in s
 
 Weights are shared by all voxels and nothing depends on a neighbour.
 
+Voxels are the last axis of all that is computed on the way, and sums over functions are written out: a CPU then works on eight voxels at
+once and keeps a sum in a register. What several others read is kept by a barrier; compile with `realtime.compiled.with_barriers`.
+
 What lost, measured on the built-in scans: see docs/train-an-encoder.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache, reduce
 from math import prod
+from operator import add
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jaxtyping import Array, Float, PRNGKeyArray
-from scipy.linalg import block_diag
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from scansteer.core import coordinate as coordinates
 from scansteer.core import signal_basis
@@ -48,11 +53,12 @@ WIDTHS = (64, 48)
 class State(eqx.Module):
     """Sufficient statistics of the images so far; `group` is 1 where all voxels share their coefficients, else voxel. float64."""
 
-    gram: Float[Array, "group function function"]
-    projection: Float[Array, "voxel function"]
+    gram: Float[Array, "pair group"]
+    """One of each two equal entries, in the order of `pairs`."""
+    projection: Float[Array, "function voxel"]
     energy: Float[Array, " voxel"]
     """Sum of squared signals [pixel^2]."""
-    n_images: Float[Array, ""]
+    n_images: Float[Array, "*voxel"]
 
 
 class Gaussian(eqx.Module):
@@ -66,40 +72,38 @@ class Gaussian(eqx.Module):
 class Fit(eqx.Module):
     """The marginal likelihood, and the residual and amplitude that belong to it, at some points; float32."""
 
-    log_likelihood: Float[Array, "voxel point"]
-    residual: Float[Array, "voxel point"]
+    log_likelihood: Float[Array, "point voxel"]
+    residual: Float[Array, "point voxel"]
     """Residual sum of squares, nuisances at their best (ridge penalty included) [pixel^2]."""
-    amplitude: Float[Array, "voxel point"]
+    amplitude: Float[Array, "point voxel"]
     """[pixel units per M0]"""
 
 
 class Points(eqx.Module):
     """Where a refinement has looked, and what it saw."""
 
-    z: Float[Array, "voxel point 2"]
-    fit: Fit
+    z: Float[Array, "2 point voxel"]
+    log_likelihood: Float[Array, "point voxel"]
 
 
 class Expansion(eqx.Module):
     """The images less their best mean signal at one place per voxel, so that float32 suffices for what is asked about other places."""
 
-    centre: Float[Array, "voxel mean_function"]
+    centre: Float[Array, "mean_function voxel"]
     """The mean signal's functions there."""
     amplitude: Float[Array, " voxel"]
-    along: Float[Array, "voxel function"]
+    along: Float[Array, "function voxel"]
     """Gram matrix times the centre."""
-    left: Float[Array, "voxel function"]
+    left: Float[Array, "function voxel"]
     """Projection of what is left of the images."""
     energy: Float[Array, " voxel"]
     """Sum of squares of what is left [pixel^2]."""
-    gram: Float[Array, "group mean_function function"]
-    """The part of the gram matrix that belongs to the mean signal, and that of the other columns among themselves."""
-    gram_of_others: Float[Array, "group other other"]
+    gram: Float[Array, "pair group"]
     n_images: Float[Array, "*voxel"]
 
 
 class Stage(eqx.Module):
-    """A perceptron with a linear shortcut, for one voxel."""
+    """A perceptron with a linear shortcut, the same for every voxel."""
 
     perceptron: eqx.nn.MLP
     shortcut: eqx.nn.Linear
@@ -109,8 +113,12 @@ class Stage(eqx.Module):
         self.perceptron = _scaled(eqx.nn.MLP(n_in, 5, width, 2, jax.nn.silu, key=first, dtype=jnp.float32))
         self.shortcut = jax.tree.map(lambda leaf: 0.1 * leaf, eqx.nn.Linear(n_in, 5, key=second, dtype=jnp.float32))
 
-    def __call__(self, features: Float[Array, " feature"]) -> Float[Array, " 5"]:
-        return self.perceptron(features) + self.shortcut(features)
+    def __call__(self, features: Float[Array, "feature voxel"]) -> Float[Array, "5 voxel"]:
+        *hidden, last = self.perceptron.layers
+        x = features
+        for layer in hidden:
+            x = jax.nn.silu(_affine(layer, x))
+        return _affine(last, x) + _affine(self.shortcut, features)
 
 
 class Encoder(eqx.Module):
@@ -131,6 +139,8 @@ class Plan(eqx.Module):
     mean_table: Table
     """Of the mean signal's functions alone."""
     anchors: Float[Array, "anchor function"]
+    products: Float[Array, "anchor pair"]
+    """Of the functions at the anchors: times the gram matrix's entries, and summed over a pair of blocks, its quadratic form."""
     places: Float[Array, "anchor 2"]
     """z of the anchors."""
     log_mass: Float[Array, " anchor"]
@@ -153,35 +163,51 @@ def plan(encoder: Encoder) -> Plan:
     places = edges[1::2]
     anchors = encoder.basis.at((places, places)).reshape(N_ANCHORS**2, -1)
     z = np.asarray(_from_places(encoder.coordinate, edges))
-    pairs = np.stack(np.meshgrid(*z[:, 1::2], indexing="ij"), axis=-1).reshape(-1, 2)
+    grid = np.stack(np.meshgrid(*z[:, 1::2], indexing="ij"), axis=-1).reshape(-1, 2)
     mass = np.diff(scipy.special.ndtr(z[:, ::2]), axis=1)
     single = jnp.float32
-    table = signal_basis.tabulate(encoder.basis)
+    first, second = pairs(encoder.basis.ranks)
+    twice = _among_themselves(encoder.basis.ranks) & (first != second)
     return Plan(
-        table,
-        Table(table.rows[..., encoder.basis.blocks[0]]),
+        signal_basis.tabulate(encoder.basis),
+        signal_basis.tabulate(encoder.basis, encoder.basis.blocks[0]),
         jnp.asarray(anchors, single),
-        jnp.asarray(pairs, single),
+        jnp.asarray(anchors[:, first] * anchors[:, second] * (1 + twice), single),
+        jnp.asarray(grid, single),
         jnp.asarray(np.log(np.outer(*mass)).reshape(-1), single),
     )
+
+
+@lru_cache
+def pairs(ranks: tuple[int, ...]) -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"]]:
+    """The two functions of every entry of a packed gram matrix: block by block, so that each quadratic form has its entries side by side."""
+    edges = np.cumsum([0, *ranks])
+    first, second = [], []
+    for i in range(len(ranks)):
+        for j in range(i, len(ranks)):
+            a, b = np.triu_indices(ranks[i]) if i == j else (each.reshape(-1) for each in np.indices((ranks[i], ranks[j])))
+            first.append(edges[i] + a)
+            second.append(edges[j] + b)
+    return np.concatenate(first), np.concatenate(second)
 
 
 def init(n_voxels: int, n_groups: int, n_functions: int) -> State:
     """No image yet."""
     return State(
-        gram=jnp.zeros((n_groups, n_functions, n_functions), jnp.float64),
-        projection=jnp.zeros((n_voxels, n_functions), jnp.float64),
+        gram=jnp.zeros((n_functions * (n_functions + 1) // 2, n_groups), jnp.float64),
+        projection=jnp.zeros((n_functions, n_voxels), jnp.float64),
         energy=jnp.zeros(n_voxels, jnp.float64),
         n_images=jnp.zeros((), jnp.float64),
     )
 
 
-def update(state: State, coefficients: Float[Array, "group function"], signal: Float[Array, " voxel"]) -> State:
+def update(basis: Basis, state: State, coefficients: Float[Array, "function group"], signal: Float[Array, " voxel"]) -> State:
     """Add one image: its coefficients in the basis and the signal that was measured [pixel units]."""
     coefficients = coefficients.astype(jnp.float64)
+    first, second = pairs(basis.ranks)
     return State(
-        gram=state.gram + coefficients[:, :, None] * coefficients[:, None, :],
-        projection=state.projection + coefficients * signal[:, None],
+        gram=state.gram + coefficients[first] * coefficients[second],
+        projection=state.projection + coefficients * signal,
         energy=state.energy + signal**2,
         n_images=state.n_images + 1,
     )
@@ -206,6 +232,7 @@ def infer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> tuple[Gau
     """
     context = _context(state, noise)
     posterior = first_guess(encoder, anchor_features(encoder, plan, state, noise), context)
+    posterior = _once(posterior)
     expansion = _once(expand(encoder, plan, state, posterior.mean))
     arrays, rest = zip(*(eqx.partition(stage, eqx.is_array) for stage in encoder.refine + encoder.refine[-1:] * encoder.repeats), strict=True)
 
@@ -217,128 +244,140 @@ def infer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> tuple[Gau
     return posterior, expansion, points
 
 
-def first_guess(encoder: Encoder, features: Float[Array, "voxel feature"], context: Float[Array, "voxel context"]) -> Gaussian:
+def first_guess(encoder: Encoder, features: Float[Array, "feature voxel"], context: Float[Array, "context voxel"]) -> Gaussian:
     """Stage 1."""
-    out = jax.vmap(encoder.first)(jnp.concatenate([features, context], axis=1))
-    root = jnp.stack([jnp.exp(jnp.clip(out[:, 2], -7, 2)), out[:, 3], jnp.exp(jnp.clip(out[:, 4], -7, 2))], axis=1)
+    out = _once(encoder.first(_once(jnp.concatenate([features, context]))))
+    c11, c22 = (jnp.exp(jnp.clip(out[i], -7, 2)) for i in (2, 4))
     # the off-diagonal scales with the second deviation: the correlation is what the perceptron sees
-    root = root.at[:, 1].set(out[:, 3] * root[:, 2])
-    return Gaussian(_held(out[:, :2]), root)
+    return Gaussian(_held(out[:2].T), jnp.stack([c11, out[3] * c22, c22], axis=1))
 
 
 def refine(
-    stage: Stage, encoder: Encoder, plan: Plan, expansion: Expansion, noise: Noise, context: Array, before: Gaussian
+    stage: Stage, encoder: Encoder, plan: Plan, expansion: Expansion, noise: Noise, context: Float[Array, "context voxel"], before: Gaussian
 ) -> tuple[Gaussian, Points]:
     """One further stage: nine points, a Newton step, a correction."""
     before = jax.lax.stop_gradient(before)  # each stage learns with its own loss
-    z = jnp.clip(coordinates.points(before.mean, before.root, jnp.asarray(STENCIL, jnp.float32)), -4.5, 4.5)
-    found = Points(z, evaluate(encoder, plan, expansion, noise, z))
-    log_posterior = found.fit.log_likelihood - 0.5 * jnp.sum(z**2, axis=-1)
-    whitened = coordinates.whiten(z - before.mean[:, None], before.root[:, None])
-    step, root = _newton(log_posterior - log_posterior[:, :1])
+    mean, root = before.mean.T, before.root.T
+    z = _once(jnp.clip(coordinates.points(before.mean, before.root, STENCIL), -4.5, 4.5))
+    found = Points(z, _once(evaluate(encoder, plan, expansion, noise, z).log_likelihood))
+    log_posterior = found.log_likelihood - 0.5 * (z[0] ** 2 + z[1] ** 2)
+    height = log_posterior - log_posterior[:1]
+    along = (z[0] - mean[0]) / root[0]
+    across = (z[1] - mean[1] - root[1] * along) / root[2]
+    distance = along**2 + across**2
+    step, new = _newton(height)
     # how far from a Gaussian of the present width the nine values are
-    excess = log_posterior[:, 1:] - log_posterior[:, :1] + 0.5 * jnp.sum(whitened[:, 1:] ** 2 - whitened[:, :1] ** 2, axis=-1)
-    size = jnp.log(before.root[:, jnp.array([0, 2])])
-    described = jnp.concatenate(
-        [before.mean, size, before.root[:, 1:2] / before.root[:, 2:], step, jnp.log(root[:, jnp.array([0, 2])]), root[:, 1:2]],
-        axis=1,
-    )
-    out = jax.vmap(stage)(jnp.concatenate([_squashed(excess), described, context], axis=1))
-    step = step + out[:, :2]
-    scale = jnp.exp(jnp.clip(out[:, 2:4], -2.0, 2.0))
-    c11, c22 = root[:, 0] * scale[:, 0], root[:, 2] * scale[:, 1]
-    c21 = root[:, 1] + out[:, 4] * c22
-    b = before.root
-    combined = jnp.stack([b[:, 0] * c11, b[:, 1] * c11 + b[:, 2] * c21, b[:, 2] * c22], axis=1)
-    return Gaussian(_held(before.mean + _moved(b, step)), combined), found
+    excess = height[1:] + 0.5 * (distance[1:] - distance[:1])
+    now = jnp.stack([*mean, jnp.log(root[0]), jnp.log(root[2]), root[1] / root[2]])
+    after = jnp.stack([*step, jnp.log(new[0]), jnp.log(new[2]), new[1]])
+    out = _once(stage(_once(jnp.concatenate([_squashed(excess), now, after, context]))))
+    step = step + out[:2]
+    scale = jnp.exp(jnp.clip(out[2:4], -2.0, 2.0))
+    c11, c22 = new[0] * scale[0], new[2] * scale[1]
+    c21 = new[1] + out[4] * c22
+    moved = jnp.stack([mean[0] + root[0] * step[0], mean[1] + root[1] * step[0] + root[2] * step[1]], axis=1)
+    return Gaussian(_held(moved), jnp.stack([root[0] * c11, root[1] * c11 + root[2] * c21, root[2] * c22], axis=1)), found
 
 
 def expand(encoder: Encoder, plan: Plan, state: State, z: Float[Array, "voxel 2"]) -> Expansion:
     """Take the best mean signal at one place per voxel away from its images, in float64."""
-    mean, single = encoder.basis.blocks[0], jnp.float32
+    ranks, single = encoder.basis.ranks, jnp.float32
     centre = _once(plan.mean_table(*(encoder.coordinate.place(axis, z[:, axis]) for axis in (0, 1))))
-    exact = centre.astype(jnp.float64)
-    rows = state.gram[:, mean, :]
-    along = _once(exact @ rows[0] if len(rows) == 1 else jnp.sum(rows * exact[:, :, None], axis=1))
-    amplitude = jnp.sum(state.projection[:, mean] * exact, axis=1) / jnp.sum(along[:, mean] * exact, axis=1)
-    left = state.projection - amplitude[:, None] * along
-    energy = state.energy - amplitude * jnp.sum(exact * (state.projection[:, mean] + left[:, mean]), axis=1)
-    others = slice(encoder.basis.ranks[0], None)
-    parts = amplitude, along, left, energy, rows, state.gram[:, others, others], state.n_images
+    exact, entry = centre.astype(jnp.float64), _entries(ranks)
+    along = jnp.stack([_total(state.gram[entry[i, j]] * exact[i] for i in range(ranks[0])) for j in range(sum(ranks))])
+    along = _once(jnp.broadcast_to(along, state.projection.shape))
+    projection = state.projection[: ranks[0]]
+    amplitude = _product(projection, exact) / _product(along[: ranks[0]], exact)
+    left = state.projection - amplitude * along
+    energy = state.energy - amplitude * _product(exact, projection + left[: ranks[0]])
+    parts = amplitude, along, left, energy, state.gram, state.n_images
     return Expansion(centre, *(each.astype(single) for each in parts))
 
 
-def evaluate(encoder: Encoder, plan: Plan, expansion: Expansion, noise: Noise, z: Float[Array, "voxel point 2"]) -> Fit:
-    """The marginal likelihood at any points.
-
-    Sums over a block of functions are products with a matrix of ones and zeros, and what follows is done on flat arrays: on a CPU both
-    take a fraction of the time of sums over short last axes.
-    """
-    blocks, shape = encoder.basis.blocks, z.shape[:2]
-    mean, others = blocks[0], slice(encoder.basis.ranks[0], None)
-    # barriers keep what has many readers from being computed anew for each of them
-    functions = _once(plan.table(*_once([encoder.coordinate.place(axis, z[..., axis]) for axis in (0, 1)])))
-    a, left = expansion.amplitude[:, None, None], expansion.left[:, None]
-    difference = _once(functions[..., mean] - expansion.centre[:, None])
-    moved = _once(_matmul(difference, expansion.gram))
-    first = functions * (expansion.along[:, None] + moved)
-    rhs = functions * (left - a * moved)
-    change = difference * (a**2 * moved[..., mean] - 2 * a * left[..., mean])
-    member, count = _members(encoder.basis.ranks), len(blocks)
-    sums = _summed(jnp.concatenate([first, rhs, change], axis=-1), block_diag(member, member, np.ones((encoder.basis.ranks[0], 1))))
-    g = {(0, j): sums[j] for j in range(count)}
-    if count > 1:
-        of = _members(encoder.basis.ranks)[others, 1:]
-        rows = functions[..., None, others] * jnp.asarray(of.T, functions.dtype)
-        across = _matmul(rows.reshape(shape[0], -1, len(of)), expansion.gram_of_others).reshape(rows.shape) * functions[..., None, others]
-        pairs = _summed(across.reshape(*shape, -1), block_diag(*[of] * (count - 1)))
-        g |= {(i, j): pairs[(i - 1) * (count - 1) + j - 1] for i in range(1, count) for j in range(i, count)}
-    energy = _flat(expansion.energy, shape) + sums[2 * count]
-    fit = _collapse(_once(g), list(sums[count : 2 * count]), energy, _flat(expansion.amplitude, shape), noise, expansion.n_images, shape)
-    return Fit(*(each.reshape(shape) for each in (fit.log_likelihood, fit.residual, fit.amplitude)))
+def evaluate(encoder: Encoder, plan: Plan, expansion: Expansion, noise: Noise, z: Float[Array, "2 point voxel"]) -> Fit:
+    """The marginal likelihood at any points."""
+    places = _once([encoder.coordinate.place(axis, z[axis]) for axis in (0, 1)])
+    functions = _once(plan.table(*places))
+    return _collapse(*_once(_forms(encoder.basis, expansion, functions)), expansion.amplitude, noise, expansion.n_images)
 
 
-def anchor_features(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Float[Array, "voxel feature"]:
+def _forms(
+    basis: Basis, expansion: Expansion, functions: Float[Array, "function point voxel"]
+) -> tuple[dict[tuple[int, int], Array], list[Array], Array]:
+    """Gram matrix and projections of the columns, and the energy, at every point; all of the images less their best signal at the centre."""
+    a, gram = expansion.amplitude, (expansion.gram, _entries(basis.ranks))
+    blocks = [range(block.start, block.stop) for block in basis.blocks]
+    mean = blocks[0]
+    difference = _once(functions[: len(mean)] - expansion.centre[:, None])
+    square, shift = _once((_square(gram, difference, mean), _sum(expansion.along, difference, mean)))
+    # of each column with what the mean signal has changed by; the mean signal itself is the centre and that change
+    moved = [square + shift, *(_once(_cross(gram, functions, members, difference, mean)) for members in blocks[1:])]
+    g = {(0, j): _sum(expansion.along, functions, members) + moved[j] for j, members in enumerate(blocks)}
+    p = [_sum(expansion.left, functions, members) - a * moved[j] for j, members in enumerate(blocks)]
+    for i, rows in enumerate(blocks[1:], 1):
+        g[i, i] = _square(gram, functions, rows)
+        g |= {(i, j): _cross(gram, functions, rows, functions, blocks[j]) for j in range(i + 1, len(blocks))}
+    energy = expansion.energy + a * (a * square - 2 * _sum(expansion.left, difference, mean))
+    return g, p, energy
+
+
+Packed = tuple[Float[Array, "pair group"], Int[np.ndarray, "function function"]]
+"""A packed gram matrix, and where two functions' entry lies in it."""
+
+
+def _square(gram: Packed, x: Array, members: range) -> Array:
+    """x' G x over some functions, each pair of equal entries once."""
+    packed, entry = gram
+    return 2 * _total(
+        x[m] * _total([0.5 * packed[entry[m, m]] * x[m], *(packed[entry[m, n]] * x[n] for n in members if n > m)]) for m in members
+    )
+
+
+def _cross(gram: Packed, x: Array, rows: range, y: Array, columns: range) -> Array:
+    """x' G y."""
+    packed, entry = gram
+    return _total(x[m] * _total(packed[entry[m, n]] * y[n] for n in columns) for m in rows)
+
+
+def _sum(weights: Float[Array, "function voxel"], x: Float[Array, "function point voxel"], members: range) -> Float[Array, "point voxel"]:
+    return _total(weights[m] * x[m] for m in members)
+
+
+def anchor_features(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Float[Array, "feature voxel"]:
     """Means, deviations and correlation under the likelihood raised to each power, on the anchors."""
-    blocks = encoder.basis.blocks
-    single = jnp.float32
+    ranks, blocks, single = encoder.basis.ranks, encoder.basis.blocks, jnp.float32
     gram, projection = state.gram.astype(single), state.projection.astype(single)
-    p = [projection[:, row] @ plan.anchors[:, row].T for row in blocks]
-    g = {}
-    for i, row in enumerate(blocks):
-        for j in range(i, len(blocks)):
-            products = (plan.anchors[:, row, None] * plan.anchors[:, None, blocks[j]]).reshape(len(plan.anchors), -1)
-            g[i, j] = gram[:, row, blocks[j]].reshape(len(gram), -1) @ products.T
+    p = [plan.anchors[:, block] @ projection[block] for block in blocks]
+    g = {pair: plan.products[:, rows] @ gram[rows] for pair, rows in _block_pairs(ranks).items()}
     g, p = _once((g, p))
-    shape = p[0].shape
-    g, p = {pair: _once(jnp.broadcast_to(each, shape)).reshape(-1) for pair, each in g.items()}, [each.reshape(-1) for each in p]
-    fit = _collapse(g, p, _flat(state.energy.astype(single), shape), jnp.zeros((), single), noise, state.n_images, shape)
-    height = _once(fit.log_likelihood.reshape(shape))
-    height = _once(height - jnp.max(height, axis=1, keepdims=True))
-    z = plan.places
-    moments = jnp.concatenate([jnp.ones_like(z[:, :1]), z, z**2, z[:, :1] * z[:, 1:]], axis=1)
-    return jnp.concatenate([_tempered(height, plan.log_mass, moments, t) for t in TEMPERATURES], axis=1)
+    fit = _collapse(g, p, state.energy.astype(single), jnp.zeros((), single), noise, state.n_images)
+    height = _once(fit.log_likelihood)
+    return _tempered(_once(height - jnp.max(height, axis=0)), plan)
 
 
-def _tempered(height: Array, log_mass: Array, moments: Array, temperature: float) -> Float[Array, "voxel 5"]:
-    weight = jnp.exp(height / temperature + log_mass)
-    sums = weight @ moments
-    mean = sums[:, 1:3] / sums[:, :1]
-    variance = jnp.maximum(sums[:, 3:5] / sums[:, :1] - mean**2, 1e-5)
-    mixed = sums[:, 5] / sums[:, 0] - mean[:, 0] * mean[:, 1]
-    correlation = mixed / jnp.sqrt(variance[:, 0] * variance[:, 1])
-    return jnp.concatenate([mean, 0.5 * jnp.log(variance), jnp.clip(correlation, -1, 1)[:, None]], axis=1)
+def _tempered(height: Float[Array, "anchor voxel"], plan: Plan) -> Float[Array, "feature voxel"]:
+    """Mean, logarithms of the deviations and correlation under each temperature."""
+    z = plan.places.T
+    moments = jnp.stack([jnp.ones_like(z[0]), *z, *z**2, z[0] * z[1]])
+    powers = 1 / jnp.asarray(TEMPERATURES, jnp.float32)[:, None]
+    weights = _once(jnp.exp(height[:, None] * powers + plan.log_mass[:, None, None]))
+    total, m1, m2, m11, m22, m12 = _once((moments @ weights.reshape(len(weights), -1)).reshape(6, *weights.shape[1:]))
+    m1, m2 = m1 / total, m2 / total
+    v1, v2 = jnp.maximum(m11 / total - m1**2, 1e-5), jnp.maximum(m22 / total - m2**2, 1e-5)
+    correlation = jnp.clip((m12 / total - m1 * m2) / jnp.sqrt(v1 * v2), -1, 1)
+    each = _once((m1, m2, 0.5 * jnp.log(v1), 0.5 * jnp.log(v2), correlation))
+    return jnp.stack(each, axis=1).reshape(-1, height.shape[-1])
 
 
 def _collapse(
-    g: dict[tuple[int, int], Array], p: list[Array], energy: Array, base: Array, noise: Noise, n: Array, shape: tuple[int, ...]
+    g: dict[tuple[int, int], Array], p: list[Array], energy: Array, base: Array, noise: Noise, n: Float[Array, "*voxel"]
 ) -> Fit:
-    """Integrate nuisances, amplitude and noise at every point; formulae as in core.likelihood. Flat arrays of the points of `shape`.
+    """Integrate nuisances, amplitude and noise at every point; formulae as in core.likelihood. Leaves (point, voxel).
 
     The amplitude is `base` plus what is left to fit; `p` and `energy` are of the images less `base` times the mean signal.
     """
     single = jnp.float32
-    sigma, dof, tau, n = (_flat(jnp.asarray(each, single), shape) for each in (noise.sigma, noise.dof, noise.discrepancy, n))
+    sigma, dof, tau, n = (jnp.asarray(each, single) for each in (noise.sigma, noise.dof, noise.discrepancy, n))
     count = len(p)
     implied = jnp.maximum(base + p[0] / g[0, 0], _TINY) ** 2
     variance = sigma**2 + tau**2 * implied
@@ -346,7 +385,7 @@ def _collapse(
     a = {(i, j): g[min(i, j), max(i, j)] for i in range(count) for j in range(count)}
     rhs, left, logs = list(p), energy, []
     for j in range(count - 1, 0, -1):
-        pivot, a, rhs, left = _once((a[j, j] + ridge, a, rhs, left))
+        pivot = a[j, j] + ridge
         logs.append(pivot / ridge)
         left = left - rhs[j] ** 2 / pivot
         for i in range(j):
@@ -365,7 +404,7 @@ def _collapse(
     log_likelihood = (
         -0.5 * log_occam - 0.5 * (n - 1) * jnp.log(variance) - 0.5 * (dof + n - 1) * jnp.log1p(residual / (dof * variance))
     )
-    return _once(Fit(log_likelihood, residual, amplitude))  # pyright: ignore[reportReturnType] - the same, computed once
+    return Fit(log_likelihood, residual, amplitude)
 
 
 N_CONTEXT = 4
@@ -374,18 +413,17 @@ _LONGEST_STEP = 4.0
 _FLATTEST = 0.15
 
 
-def _context(state: State, noise: Noise) -> Float[Array, "voxel context"]:
+def _context(state: State, noise: Noise) -> Float[Array, "context voxel"]:
     """Number of images, degrees of freedom of the noise, signal over noise."""
     n = state.n_images
     level = 0.5 * jnp.log(jnp.maximum(state.energy, 1e-30) / (n * noise.sigma**2))
     each = (n / 15 - 1, jnp.log(n) - 2, jnp.log(jnp.clip(noise.dof, 1.0, 1e4)) / 3 - 2, level - 4)
-    return jnp.stack([jnp.broadcast_to(one, level.shape) for one in each], axis=1).astype(jnp.float32)
+    return jnp.stack([jnp.broadcast_to(one, level.shape) for one in each]).astype(jnp.float32)
 
 
-def _newton(height: Float[Array, "voxel point"]) -> tuple[Float[Array, "voxel 2"], Float[Array, "voxel 3"]]:
+def _newton(h: Float[Array, "point voxel"]) -> tuple[Float[Array, "2 voxel"], Float[Array, "3 voxel"]]:
     """Step and root of the covariance, both in the stencil's units, from log densities at its points."""
     r, d = float(STENCIL[1, 0]), float(STENCIL[5, 0])
-    h = [height[:, i] for i in range(len(STENCIL))]
     g1, g2 = (h[1] - h[2]) / (2 * r), (h[3] - h[4]) / (2 * r)
     a11, a22 = -(h[1] + h[2] - 2 * h[0]) / r**2, -(h[3] + h[4] - 2 * h[0]) / r**2
     a12 = -(h[5] + h[6] - h[7] - h[8]) / (4 * d**2)
@@ -393,15 +431,11 @@ def _newton(height: Float[Array, "voxel point"]) -> tuple[Float[Array, "voxel 2"
     lift = jnp.maximum(_FLATTEST - smallest, 0.0)
     a11, a22 = a11 + lift, a22 + lift
     determinant = a11 * a22 - a12**2
-    step = jnp.stack([(a22 * g1 - a12 * g2) / determinant, (a11 * g2 - a12 * g1) / determinant], axis=1)
-    length = jnp.sqrt(jnp.sum(step**2, axis=1, keepdims=True))
+    step = jnp.stack([(a22 * g1 - a12 * g2) / determinant, (a11 * g2 - a12 * g1) / determinant])
+    length = jnp.sqrt(step[0] ** 2 + step[1] ** 2)
     step = step * jnp.minimum(1.0, _LONGEST_STEP / jnp.maximum(length, 1e-9))
     c11 = jnp.sqrt(a22 / determinant)
-    return step, jnp.stack([c11, -a12 / determinant / c11, 1 / jnp.sqrt(a22)], axis=1)
-
-
-def _moved(root: Float[Array, "voxel 3"], step: Float[Array, "voxel 2"]) -> Float[Array, "voxel 2"]:
-    return jnp.stack([root[:, 0] * step[:, 0], root[:, 1] * step[:, 0] + root[:, 2] * step[:, 1]], axis=1)
+    return _once((step, jnp.stack([c11, -a12 / determinant / c11, 1 / jnp.sqrt(a22)])))
 
 
 def _held(mean: Float[Array, "voxel 2"]) -> Float[Array, "voxel 2"]:
@@ -409,6 +443,7 @@ def _held(mean: Float[Array, "voxel 2"]) -> Float[Array, "voxel 2"]:
 
 
 def _once(tree):
+    """What has many readers is not computed anew for each of them."""
     return jax.lax.optimization_barrier(tree)
 
 
@@ -416,29 +451,51 @@ def _squashed(x: Array) -> Array:
     return jnp.arcsinh(0.5 * x)
 
 
-def _matmul(x: Float[Array, "voxel point row"], matrix: Float[Array, "group row column"]) -> Float[Array, "voxel point column"]:
-    return x @ (matrix[0] if matrix.shape[0] == 1 else matrix)
+def _affine(layer: eqx.nn.Linear, x: Float[Array, "feature voxel"]) -> Float[Array, "out voxel"]:
+    return layer.weight @ x + layer.bias[:, None]  # pyright: ignore[reportOptionalSubscript] - all have one
 
 
-def _flat(x: Array, shape: tuple[int, ...]) -> Array:
-    """One value per voxel as one per point; a number stays one."""
-    return x if x.ndim == 0 else _once(jnp.broadcast_to(x[:, None], shape).reshape(-1))
+def _total(terms: Iterable[Array]) -> Array:
+    return reduce(add, terms)
 
 
-def _members(ranks: tuple[int, ...]) -> Float[np.ndarray, "function block"]:
-    """1 where a function belongs to a block."""
-    return np.repeat(np.eye(len(ranks)), ranks, axis=0)
+def _product(a: Array, b: Array) -> Array:
+    """Sum over the first axis of the products, written out."""
+    return _total(each * other for each, other in zip(a, b, strict=True))
 
 
-def _summed(x: Float[Array, "voxel point function"], member: Float[np.ndarray, "function block"]) -> Float[Array, "block flat_point"]:
-    """Sums over the functions of each block."""
-    return _once(jnp.asarray(member.T, x.dtype) @ _once(x.reshape(-1, x.shape[-1])).T)
+@lru_cache
+def _entries(ranks: tuple[int, ...]) -> Int[np.ndarray, "function function"]:
+    """Where two functions' entry lies in the packed gram matrix."""
+    first, second = pairs(ranks)
+    entry = np.zeros((sum(ranks), sum(ranks)), int)
+    entry[first, second] = entry[second, first] = np.arange(len(first))
+    return entry
+
+
+def _among_themselves(ranks: tuple[int, ...]) -> np.ndarray:
+    """Whether a pair's functions are of one block."""
+    block = np.repeat(np.arange(len(ranks)), ranks)
+    first, second = pairs(ranks)
+    return block[first] == block[second]
+
+
+@lru_cache
+def _block_pairs(ranks: tuple[int, ...]) -> dict[tuple[int, int], slice]:
+    """Where the entries of two blocks lie in the packed gram matrix."""
+    result, start = {}, 0
+    for i, rank in enumerate(ranks):
+        for j in range(i, len(ranks)):
+            size = rank * (rank + 1) // 2 if i == j else rank * ranks[j]
+            result[i, j] = slice(start, start + size)
+            start += size
+    return result
 
 
 def _no_points(n_voxels: int) -> Points:
     """Before a refinement has looked."""
-    shape = n_voxels, len(STENCIL)
-    return Points(jnp.zeros((*shape, 2), jnp.float32), Fit(*(jnp.zeros(shape, jnp.float32) for _ in range(3))))
+    shape = len(STENCIL), n_voxels
+    return Points(jnp.zeros((2, *shape), jnp.float32), jnp.zeros(shape, jnp.float32))
 
 
 def _scaled(perceptron: eqx.nn.MLP) -> eqx.nn.MLP:

@@ -14,6 +14,7 @@ from itertools import pairwise
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from scansteer.core import lattice
@@ -77,24 +78,36 @@ def node_weights(place_f: Float[np.ndarray, " x"], place_k: Float[np.ndarray, " 
 class Table(eqx.Module):
     """Values and first derivatives of the functions on a fine grid; float32."""
 
-    rows: Float[Array, "place 3 function"]
+    value: Float[Array, "place padded"]
+    """Padded by zeros to a multiple of `PADDED` functions: a row then starts where a CPU likes to read."""
+    slope_f: Float[Array, "place padded"]
+    """Change from one point of the grid to the next along f."""
+    slope_k: Float[Array, "place padded"]
+    n_functions: int = eqx.field(static=True)
 
-    def __call__(self, place_f: Float[Array, "*any"], place_k: Float[Array, "*any"]) -> Float[Array, "*any function"]:
+    def __call__(self, place_f: Float[Array, "*any"], place_k: Float[Array, "*any"]) -> Float[Array, "function *any"]:
         """The functions at places 0 .. 1, to 5e-5 of M0."""
-        scaled = jnp.stack([place_f, place_k]) * (N_TABLE - 1)
-        nearest = jnp.clip(jnp.round(scaled), 0, N_TABLE - 1)
-        index = nearest.astype(jnp.int32)
-        row = self.rows[index[0] * N_TABLE + index[1]]
-        step = scaled - nearest
-        return row[..., 0, :] + step[0][..., None] * row[..., 1, :] + step[1][..., None] * row[..., 2, :]
+        scaled = [place.reshape(-1) * (N_TABLE - 1) for place in (place_f, place_k)]
+        nearest = [jnp.clip(jnp.round(each), 0, N_TABLE - 1) for each in scaled]
+        step = [(each - near)[:, None] for each, near in zip(scaled, nearest, strict=True)]
+        index = nearest[0].astype(jnp.int32) * N_TABLE + nearest[1].astype(jnp.int32)
+        index, step = lax.optimization_barrier((index, step))
+        value, slope_f, slope_k = (each.at[index].get(mode="promise_in_bounds") for each in (self.value, self.slope_f, self.slope_k))
+        rows = lax.optimization_barrier(value + step[0] * slope_f + step[1] * slope_k)
+        return rows[:, : self.n_functions].T.reshape(-1, *place_f.shape)
 
 
-def tabulate(basis: Basis) -> Table:
-    """The table of a basis."""
+PADDED = 16
+
+
+def tabulate(basis: Basis, functions: slice = slice(None)) -> Table:
+    """The table of a basis, or of some of its functions."""
     places = np.linspace(0, 1, N_TABLE)
-    each = [basis.at((places, places), order) / (N_TABLE - 1) ** sum(order) for order in ((0, 0), (1, 0), (0, 1))]
-    rows = np.stack(each, axis=2).reshape(N_TABLE**2, 3, -1)
-    return Table(jnp.asarray(rows, jnp.float32))
+    orders = (0, 0), (1, 0), (0, 1)
+    each = [basis.at((places, places), order).reshape(N_TABLE**2, -1)[:, functions] / (N_TABLE - 1) ** sum(order) for order in orders]
+    n_functions = each[0].shape[1]
+    padded = (jnp.asarray(np.pad(one, ((0, 0), (0, -n_functions % PADDED))), jnp.float32) for one in each)
+    return Table(*padded, n_functions)
 
 
 def _polynomial(place: Float[np.ndarray, " x"], order: int) -> Float[np.ndarray, "x node"]:

@@ -76,13 +76,13 @@ def negative_lower_bound(
     """-E_q [log likelihood + log prior - log q], by draws; relative to the log posterior at q's mean, held fixed."""
     z = draw(key, posterior, N_DRAWS)
     centre = jax.lax.stop_gradient(posterior.mean)[:, None]
-    points = jnp.clip(jnp.concatenate([centre, z], axis=1), -4.5, 4.5)
-    expansion = encoders.expand(encoder, plan, state, points[:, 0])
-    height = encoders.evaluate(encoder, plan, expansion, noise, points).log_likelihood - 0.5 * jnp.sum(points**2, axis=-1)
+    points = jnp.clip(jnp.concatenate([centre, z], axis=1), -4.5, 4.5).T
+    expansion = encoders.expand(encoder, plan, state, points[:, 0].T)
+    height = encoders.evaluate(encoder, plan, expansion, noise, points).log_likelihood - 0.5 * jnp.sum(points**2, axis=0)
     log_q = coordinates.log_normal(
         coordinates.whiten(z - posterior.mean[:, None], posterior.root[:, None]), posterior.root[:, None]
     )
-    return jnp.mean(log_q - (height[:, 1:] - height[:, :1]), axis=1)
+    return jnp.mean(log_q - (height[1:] - height[:1]).T, axis=1)
 
 
 def loss(encoder: Encoder, plan: Plan, key: PRNGKeyArray, samples: Samples, weights: Weights) -> tuple[Float[Array, ""], Losses]:

@@ -17,6 +17,7 @@ from scansteer.core import encoder as encoders
 from scansteer.core import training
 from scansteer.core.encoder import Encoder, Gaussian, State
 from scansteer.core.likelihood import Noise
+from scansteer.realtime.compiled import with_barriers
 from scansteer.realtime.simulated import DOF_RANGE, SIGMA_RANGE, Conditions, Simulator
 
 LEVELS = (0.5, 0.8, 0.95)
@@ -36,7 +37,10 @@ def calibrate(
 
     The scans play the schedule, half of them; the others random orders of its pulses.
     """
-    infer = eqx.filter_jit(lambda encoder, plan, state, noise: encoders.infer(encoder, plan, state, noise)[0])
+    infer = eqx.filter_jit(
+        lambda encoder, plan, state, noise: encoders.infer(encoder, plan, state, noise)[0],
+        compiler_options=with_barriers(),  # pyright: ignore[reportCallIssue] - for jax.jit
+    )
     plan = encoders.plan(encoder)
     truths, ours, theirs = [], [], []
     for number in range(n_scans):
@@ -65,7 +69,7 @@ def _encoded(simulator: Simulator, encoder: Encoder, plan, infer, conditions: Co
     state: State = encoders.init(n_voxels, n_voxels, coefficients.shape[2])
     result = []
     for image, signal in zip(coefficients, drawn.signals, strict=True):
-        state = encoders.update(state, jnp.asarray(image[group]), jnp.asarray(signal))
+        state = encoders.update(encoder.basis, state, jnp.asarray(image[group].T), jnp.asarray(signal))
         result.append(jax.tree.map(np.asarray, infer(encoder, plan, state, noise)))
     return jax.tree.map(lambda *leaves: np.stack(leaves), *result)
 

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from jaxtyping import Float, Int
 from scansteer.core import agreement, design, gaussian_region, signal_basis, voxel_columns
 from scansteer.core import coordinate as coordinates
 from scansteer.core import encoder as encoders
-from scansteer.core.encoder import Encoder, Fit, Gaussian, Plan, Points, State
+from scansteer.core.encoder import Encoder, Fit, Gaussian, Plan, State
 from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info, Prior
 from scansteer.core.likelihood import Noise
@@ -33,12 +34,12 @@ from scansteer.core.signal_basis import Basis
 from scansteer.core.voxel_columns import Columns, Rows
 from scansteer.protocols import forward
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
-from scansteer.realtime.compiled import for_large_programs
+from scansteer.realtime.compiled import for_blocks_of_voxels, for_large_programs, with_barriers
 from scansteer.realtime.encoder_file import Trained, check, load, shipped
 from scansteer.realtime.messages import Audit
 from scansteer.realtime.reference import Reference
 
-BLOCK = 512
+BLOCK = 256
 """Voxels per block: few, so that what is computed on the way stays in cache; fixed and padded, so that a voxel's answer is the same alone
 and in a volume."""
 SEARCH = (0.5, 0.2)
@@ -89,9 +90,10 @@ class Volume:
         self._plan = encoders.plan(encoder)
         self._discrepancy = jnp.asarray(discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-encoder")
-        options = for_large_programs()
-        self._step = eqx.filter_jit(_step, donate="all-except-first", compiler_options=options)  # pyright: ignore[reportCallIssue] - for jax.jit
-        self._evaluate = eqx.filter_jit(_evaluate)
+        static = eqx.filter(encoder, eqx.is_array, inverse=True)
+        step = partial(_step, static=static, kinds=columns.kinds)
+        self._step = jax.jit(step, donate_argnums=0, compiler_options=for_blocks_of_voxels())
+        self._evaluate = eqx.filter_jit(_evaluate, compiler_options=with_barriers())  # pyright: ignore[reportCallIssue] - for jax.jit
         self._draw = eqx.filter_jit(agreement.posterior_draw)
         self._n_voxels = 0
         self._rows: list[Rows] = []
@@ -113,14 +115,13 @@ class Volume:
         """Add one image and infer; `expected` are its simulated signals at every nuisance node. NumPy leaves over all voxels."""
         columns = voxel_columns.at_mapped_nodes(self.columns, np.asarray(expected))
         at_nodes = jnp.asarray(signal_basis.coefficients(self.encoder.basis, columns), jnp.float32)
-        now = tuple(float(each) for each in (noise.sigma, noise.dof))
+        known = Noise(jnp.asarray(float(noise.sigma)), jnp.asarray(float(noise.dof)), self._discrepancy)
+        weights = eqx.filter(self.encoder, eqx.is_array)
 
         def one(index: int) -> Answer:
-            values = jnp.asarray(_padded(signal[None], index, self._block)[0], jnp.float64)
-            known = Noise(jnp.asarray(now[0]), jnp.asarray(now[1]), self._discrepancy)
-            fixed = (self.encoder, self._plan, self._rows[index], at_nodes, known)
-            self._states[index], answer = self._step(fixed, self._states[index], values, self.columns.kinds)
-            return jax.block_until_ready(answer)
+            values = _padded(np.asarray(signal, np.float64)[None], index, self._block)[0]
+            self._states[index], answer = self._step(self._states[index], weights, self._plan, self._rows[index], at_nodes, known, values)
+            return jax.tree.map(np.asarray, answer)
 
         answers = list(self._pool.map(one, range(len(self._states))))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: self._n_voxels], *answers)
@@ -133,7 +134,7 @@ class Volume:
         parts = []
         for index, state in enumerate(self._states):
             points = jnp.asarray(_padded(z, index, self._block).T)
-            residual = self._evaluate(self.encoder, self._plan, state, known, points).residual[:, 0]
+            residual = self._evaluate(self.encoder, self._plan, state, known, points).residual[0]
             parts.append(np.sqrt(np.asarray(residual) / np.maximum(np.asarray(state.energy), 1e-30)))
         return np.concatenate(parts)[: self._n_voxels]
 
@@ -321,50 +322,68 @@ def map_error(scan: Scan, name: str, values: np.ndarray) -> np.ndarray:
     return np.hypot(described.map_error, described.map_error_relative * values)
 
 
-def voxel_coefficients(basis: Basis, kinds: tuple[int, ...], rows: Rows, at_nodes: jax.Array) -> Float[jax.Array, "voxel function"]:
+def voxel_coefficients(basis: Basis, kinds: tuple[int, ...], rows: Rows, at_nodes: jax.Array) -> Float[jax.Array, "function voxel"]:
     """One image's coefficients of every voxel, from those at the nodes of what is mapped."""
     blocks = zip(kinds, basis.blocks, strict=True)
-    return jnp.concatenate([voxel_columns.weights(rows, kind) @ at_nodes[:, block] for kind, block in blocks], axis=1)
+    return jnp.concatenate([at_nodes[:, block].T @ voxel_columns.weights(rows, kind).T for kind, block in blocks])
 
 
 def answer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Answer:
     """Posterior and summary of every voxel.
 
     The MAP is sought among the points of the last refinement and then, twice and ever closer, about the best of them: where the posterior is a
-    curved ridge, its mean does not lie on it.
+    curved ridge, its mean does not lie on it. The likelihood's peak and the point halfway to it are tried beside.
     """
     posterior, expansion, seen = encoders.infer(encoder, plan, state, noise)
-    peak = gaussian_region.mode(posterior)
-    ends = jnp.stack([peak, 0.5 * (posterior.mean + peak)], axis=1)
+    peak = jax.lax.optimization_barrier(gaussian_region.mode(posterior))
+    ends = jnp.stack([peak, 0.5 * (posterior.mean.T + peak)], axis=1)
 
     def closer(best: tuple[jax.Array, Fit], scale: jax.Array) -> tuple[tuple[jax.Array, Fit], None]:
-        about = coordinates.points(best[0], scale * posterior.root, jnp.asarray(encoders.STENCIL, jnp.float32))
-        z = jnp.clip(jnp.concatenate([about, ends], axis=1), -4.5, 4.5)
-        return _most_probable(encoder, Points(z, encoders.evaluate(encoder, plan, expansion, noise, z))), None
+        about = coordinates.points(best[0].T, scale * posterior.root, encoders.STENCIL)
+        z = jax.lax.optimization_barrier(jnp.clip(jnp.concatenate([about, ends], axis=1), -4.5, 4.5))
+        return _most_probable(encoder, z, encoders.evaluate(encoder, plan, expansion, noise, z)), None
 
-    best, at = jax.lax.scan(closer, _most_probable(encoder, seen), jnp.asarray(SEARCH, jnp.float32))[0]
+    start = _most_probable(encoder, seen.z, Fit(*(seen.log_likelihood,) * 3))  # its centre is looked at again: only where it is counts
+    best, at = jax.lax.scan(closer, start, jnp.asarray(SEARCH, jnp.float32))[0]
     nrmse = jnp.sqrt(at.residual / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
     summary = gaussian_region.summarise(posterior, best, encoder.coordinate)
     return Answer(Info(summary, nrmse, at.amplitude), posterior)
 
 
-def _most_probable(encoder: Encoder, seen: Points) -> tuple[Float[jax.Array, "voxel 2"], Fit]:
+def _most_probable(
+    encoder: Encoder, z: Float[jax.Array, "2 point voxel"], fit: Fit
+) -> tuple[Float[jax.Array, "2 voxel"], Fit]:
     """Of the points at which each voxel's likelihood is known, the one of the highest density over (f, k), and the fit there."""
-    coordinate = encoder.coordinate
-    height = seen.fit.log_likelihood + sum(coordinate.log_density(axis, seen.z[..., axis]) for axis in (0, 1))
-    best = jnp.argmax(height, axis=1)[:, None]
-    fit = jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, best, axis=1)[:, 0], seen.fit)
-    return jnp.take_along_axis(seen.z, best[..., None], axis=1)[:, 0], fit
+    density = sum(encoder.coordinate.log_density(axis, z[axis]) for axis in (0, 1))
+    heights, z, fit = jax.lax.optimization_barrier((fit.log_likelihood + density, z, fit))
+    best, height = jax.tree.map(lambda leaf: leaf[..., 0, :], (z, fit)), heights[0]
+    for number in range(1, len(heights)):
+        higher = heights[number] > height
+        best = jax.tree.map(lambda leaf, so_far, number=number, higher=higher: jnp.where(higher, leaf[..., number, :], so_far), (z, fit), best)
+        height = jnp.maximum(heights[number], height)
+    return best
 
 
 def _evaluate(encoder: Encoder, plan: Plan, state: State, noise: Noise, z: Float[jax.Array, "voxel 2"]) -> Fit:
     """The fit at one point per voxel."""
-    return encoders.evaluate(encoder, plan, encoders.expand(encoder, plan, state, z), noise, z[:, None])
+    return encoders.evaluate(encoder, plan, encoders.expand(encoder, plan, state, z), noise, z.T[:, None])
 
 
-def _step(fixed, state: State, signal, kinds: tuple[int, ...]) -> tuple[State, Answer]:
-    encoder, plan, rows, at_nodes, noise = fixed
-    state = encoders.update(state, voxel_coefficients(encoder.basis, kinds, rows, at_nodes), signal)
+def _step(
+    state: State,
+    weights: Encoder,
+    plan: Plan,
+    rows: Rows,
+    at_nodes: jax.Array,
+    noise: Noise,
+    signal: jax.Array,
+    *,
+    static: Encoder,
+    kinds: tuple[int, ...],
+) -> tuple[State, Answer]:
+    """Add one image and infer; `weights` are the encoder's arrays, `static` is what else it holds."""
+    encoder = eqx.combine(weights, static)
+    state = encoders.update(encoder.basis, state, voxel_coefficients(encoder.basis, kinds, rows, at_nodes), signal)
     return state, answer(encoder, plan, state, noise)
 
 

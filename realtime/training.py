@@ -37,6 +37,7 @@ from scansteer.core.signal_basis import Basis
 from scansteer.core.training import Samples, Weights
 from scansteer.protocols.scan import Scan
 from scansteer.realtime import calibration
+from scansteer.realtime.compiled import with_barriers
 from scansteer.realtime.encoder_file import Trained, check, load, physics_of, save, shipped, to_bytes
 from scansteer.realtime.recording import AUXILIARIES, Recording, read
 from scansteer.realtime.simulated import (
@@ -95,7 +96,8 @@ FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, learning_rate=1e-3
 class Bank(NamedTuple):
     """Voxels in the middle of scans, as NumPy arrays; many share a gram matrix."""
 
-    gram: Float[np.ndarray, "table function function"]
+    gram: Float[np.ndarray, "table pair"]
+    """Packed: see `core.encoder.pairs`."""
     place: np.ndarray
     """Of each sample, its gram matrix."""
     projection: Float[np.ndarray, "sample function"]
@@ -107,21 +109,18 @@ class Bank(NamedTuple):
     root: Float[np.ndarray, "sample 3"]
     is_known: Float[np.ndarray, " sample"]
 
-    def pick(self, index: np.ndarray, discrepancy: float) -> Samples:
-        """The samples at the given places."""
+    def pick(self, index: np.ndarray) -> Bank:
+        """The samples at the given places, as a bank of their own."""
+        return Bank(self.gram[self.place[index]], np.arange(len(index)), *(each[index] for each in self[2:]))
+
+    def samples(self, discrepancy: float) -> Samples:
+        """All of it, as training takes it."""
         single = jnp.float32
-        state = State(
-            *(
-                jnp.asarray(each)
-                for each in (self.gram[self.place[index]], self.projection[index], self.energy[index], self.n_images[index])
-            )
-        )
-        noise = Noise(jnp.asarray(self.sigma[index]), jnp.asarray(self.dof[index]), jnp.asarray(discrepancy))
         return Samples(
-            state,
-            noise,
-            Gaussian(jnp.asarray(self.mean[index], single), jnp.asarray(self.root[index], single)),
-            jnp.asarray(self.is_known[index], single),
+            State(*(jnp.asarray(each) for each in (self.gram[self.place].T, self.projection.T, self.energy, self.n_images))),
+            Noise(jnp.asarray(self.sigma), jnp.asarray(self.dof), jnp.asarray(discrepancy)),
+            Gaussian(jnp.asarray(self.mean, single), jnp.asarray(self.root, single)),
+            jnp.asarray(self.is_known, single),
         )
 
 
@@ -208,11 +207,12 @@ def of_simulated(
     n_images, n_shared, size = coefficients.shape
     n_voxels = drawn.signals.shape[1]
     group = np.arange(n_voxels) * n_shared // n_voxels
-    gram = np.cumsum(coefficients[..., :, None] * coefficients[..., None, :], axis=0)
+    first, second = encoders.pairs(basis.ranks)
+    gram = np.cumsum(coefficients[..., first] * coefficients[..., second], axis=0)
     projection = np.cumsum(coefficients[:, group] * drawn.signals[..., None], axis=0)
     count = np.broadcast_to(np.arange(1.0, n_images + 1)[:, None], drawn.signals.shape)
     return Bank(
-        gram.reshape(-1, size, size),
+        gram.reshape(-1, len(first)),
         (np.arange(n_images)[:, None] * n_shared + group).reshape(-1),
         projection.reshape(-1, size),
         np.cumsum(drawn.signals**2, axis=0).reshape(-1),
@@ -234,13 +234,14 @@ def of_recording(simulator: Simulator, basis: Basis, recording: Recording, seed:
     played = simulator.expected(recording.blocks)[list(recording.repetitions)]
     coefficients = simulator.coefficients(basis, played, maps)
     n_images, n_voxels = signals.shape
+    first, second = encoders.pairs(basis.ranks)
     banks = []
     for number in range(SUBSETS_PER_VOXEL):
         count = int(rng.integers(3, n_images + 1))
         chosen = np.arange(count) if number % 2 == 0 else np.sort(rng.permutation(n_images)[:count])
         noise = recording.noise[count - 1]
         part, seen = coefficients[chosen], signals[chosen]
-        gram = np.einsum("igm,ign->gmn", part, part)
+        gram = np.einsum("igp,igp->gp", part[..., first], part[..., second])
         projection = np.einsum("ivm,iv->vm", np.broadcast_to(part, (count, n_voxels, part.shape[-1])), seen)
         place = np.arange(n_voxels) if len(gram) > 1 else np.zeros(n_voxels, int)
         each = [np.full(n_voxels, float(value)) for value in (count, noise.sigma, noise.dof)]
@@ -276,7 +277,8 @@ def optimise(
     state = optimiser.init(eqx.filter(encoder, training.trainable(encoder)))
     weights = Weights(1.0, settings.lower_bound)
     step = eqx.filter_jit(
-        lambda encoder, state, key, samples: training.step(encoder, state, optimiser, plan, key, samples, weights)
+        lambda encoder, state, key, samples: training.step(encoder, state, optimiser, plan, key, samples, weights),
+        compiler_options=with_barriers(),  # pyright: ignore[reportCallIssue] - for jax.jit
     )
     about = json.dumps(
         {
@@ -309,12 +311,11 @@ def versions() -> dict[str, str]:
 
 
 def _batch(rng: np.random.Generator, simulated: Bank, measured: Bank | None, settings: Settings, discrepancy: float) -> Samples:
-    if measured is None:
-        return simulated.pick(rng.integers(len(simulated.place), size=settings.batch), discrepancy)
-    n_measured = int(settings.share_measured * settings.batch)
-    first = simulated.pick(rng.integers(len(simulated.place), size=settings.batch - n_measured), discrepancy)
-    second = measured.pick(rng.integers(len(measured.place), size=n_measured), discrepancy)
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]) if a.ndim else a, first, second)
+    n_measured = 0 if measured is None else int(settings.share_measured * settings.batch)
+    parts = [simulated.pick(rng.integers(len(simulated.place), size=settings.batch - n_measured))]
+    if measured is not None:
+        parts.append(measured.pick(rng.integers(len(measured.place), size=n_measured)))
+    return joined(parts).samples(discrepancy)
 
 
 def _checkpoint_path(out: Path) -> Path:

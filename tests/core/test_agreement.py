@@ -53,7 +53,7 @@ def test_a_shifted_posterior_is_found_out():
 
 
 def test_regions_of_a_gaussian_are_those_of_its_lattice():
-    ours = jax.jit(lambda posterior: gaussian_region.summarise(posterior, posterior.mean, COORDINATE))(POSTERIOR)
+    ours = jax.jit(lambda posterior: gaussian_region.summarise(posterior, posterior.mean.T, COORDINATE))(POSTERIOR)
     theirs = jax.jit(lambda lattice: region.summarise(lattice, PRIOR.log_density, PRIOR.box))(on_lattice(POSTERIOR))
     width = theirs.upper - theirs.lower
     np.testing.assert_allclose((ours.lower - theirs.lower) / width, 0.0, atol=0.03)

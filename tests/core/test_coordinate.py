@@ -55,5 +55,5 @@ def test_whitening_inverts_the_root():
     root = coordinates.root_of(covariance)
     np.testing.assert_allclose(coordinates.covariance(root), covariance, rtol=1e-12)
     e = jnp.array([[[0.3, -1.2]]])
-    moved = coordinates.points(jnp.zeros((1, 2)), root, e[0])
+    moved = coordinates.points(jnp.zeros((1, 2)), root, np.asarray(e[0])).T
     np.testing.assert_allclose(coordinates.whiten(moved, root[:, None]), e, rtol=1e-12)

@@ -11,6 +11,7 @@ from scansteer.core import lattice, likelihood, signal_basis, training
 from scansteer.core.coordinate import Coordinate
 from scansteer.core.encoder import Gaussian
 from scansteer.core.likelihood import Noise
+from scansteer.realtime.compiled import for_large_programs, with_barriers
 
 COORDINATE = Coordinate(jnp.array([0.0, 0.0]), jnp.array([0.3, 70.0]), ("uniform", "beta"))
 N_POINTS = (16, 16)
@@ -46,8 +47,13 @@ def state_of(world, signals, order=None):
     state = encoders.init(signals.shape[1], 1, sum(encoder.basis.ranks))
     for i in range(len(images)) if order is None else order:
         columns = [images[i, j][None] for j in (0, 1)]
-        state = encoders.update(state, jnp.asarray(signal_basis.coefficients(encoder.basis, columns)), jnp.asarray(signals[i]))
+        coefficients = signal_basis.coefficients(encoder.basis, columns).T
+        state = encoders.update(encoder.basis, state, jnp.asarray(coefficients), jnp.asarray(signals[i]))
     return state
+
+
+def compiled(function):
+    return eqx.filter_jit(function, compiler_options=for_large_programs() | with_barriers())
 
 
 NOISE = Noise(jnp.asarray(1.0), jnp.asarray(40.0), jnp.asarray(0.01))
@@ -60,7 +66,7 @@ def test_the_basis_leaves_less_of_a_signal_than_it_promises(world):
     left = images[:, 0] - coefficients[:, block] @ np.asarray(encoder.basis.functions[block])
     assert np.sqrt(np.mean(left**2)) < 3 * signal_basis.TOLERANCE  # images that the basis was not made from
     at = jnp.linspace(0.03, 0.97, 9)
-    exact = np.diagonal(encoder.basis.at((np.asarray(at), np.asarray(at)))).T
+    exact = np.diagonal(encoder.basis.at((np.asarray(at), np.asarray(at))))
     np.testing.assert_allclose(plan.table(at, at), exact, atol=1e-3 * np.abs(exact).max())  # first order, steps of 1/127
 
 
@@ -73,20 +79,65 @@ def test_its_likelihood_is_that_of_the_reference(world):
         sums = likelihood.update(sums, cells, jnp.asarray(signal))
     exact = np.asarray(jax.jit(likelihood.fit)(sums, NOISE).log_likelihood)[:, 0]
     place = jnp.linspace(0, 1, 16, dtype=jnp.float32)
-    z = jnp.stack(jnp.meshgrid(*(COORDINATE.from_place(axis, place) for axis in (0, 1)), indexing="ij"), -1).reshape(1, -1, 2)
-    inner = np.abs(np.asarray(z[0])).max(axis=1) < 4
-    evaluate = eqx.filter_jit(lambda state: encoders.evaluate(encoder, plan, encoders.expand(encoder, plan, state, z[:, 0]), NOISE, z))
-    found = np.asarray(evaluate(state_of(world, signals)).log_likelihood)[0]
+    z = jnp.stack(jnp.meshgrid(*(COORDINATE.from_place(axis, place) for axis in (0, 1)), indexing="ij")).reshape(2, -1, 1)
+    inner = np.abs(np.asarray(z[..., 0])).max(axis=0) < 4
+    evaluate = compiled(lambda state: encoders.evaluate(encoder, plan, encoders.expand(encoder, plan, state, z[:, 0].T), NOISE, z))
+    found = np.asarray(evaluate(state_of(world, signals)).log_likelihood)[:, 0]
     near = inner & (exact > exact.max() - 30)
     assert near.sum() > 10
     difference = (found - exact)[near]
     np.testing.assert_allclose(difference - difference.mean(), 0.0, atol=0.15)  # nats; the basis leaves 5e-5 of M0
 
 
+def plain(values, coefficients, ranks, signals, noise):
+    """One voxel's marginal likelihood, residual and amplitude where the functions have these values, in float64 and as in the docstring."""
+    columns = np.stack([each.sum(axis=1) for each in np.split(coefficients * values, np.cumsum(ranks)[:-1], axis=1)], axis=1)
+    f, x, (n, p) = columns[:, 0], columns[:, 1:], (len(signals), len(ranks) - 1)
+    sigma, dof, tau = (float(each) for each in (noise.sigma, noise.dof, noise.discrepancy))
+    implied = max(f @ signals / (f @ f), 1e-9) ** 2
+    variance = sigma**2 + tau**2 * implied
+    ridge = variance / implied
+    a = x.T @ x + ridge * np.eye(p)
+    without = lambda u, v: u @ v - (u @ x) @ np.linalg.solve(a, x.T @ v)  # noqa: E731 - the nuisances projected out
+    power, amplitude = without(f, f), without(f, signals) / without(f, f)
+    residual = without(signals, signals) - amplitude * without(f, signals)
+    occam = np.linalg.slogdet(a)[1] - p * np.log(ridge) + np.log(power * amplitude**2)
+    chance = -0.5 * (occam + (n - 1) * np.log(variance) + (dof + n - 1) * np.log1p(residual / (dof * variance)))
+    return chance, residual, amplitude
+
+
+def test_its_likelihood_is_that_of_plain_double_precision_for_voxels_with_columns_of_their_own():
+    rng = np.random.default_rng(8)
+    samples = rng.permutation(np.concatenate([made_up_signals(rng, 200), 0.1 * made_up_signals(rng, 200)[:, :1] ** 3], axis=1))
+    basis = signal_basis.make([*np.moveaxis(samples, 1, 0)], 3e-4)
+    encoder = encoders.make(jax.random.PRNGKey(0), basis, COORDINATE, n_refinements=1)
+    plan, n_voxels = encoders.plan(encoder), 5
+    own = samples[: N_IMAGES * n_voxels].reshape(N_IMAGES, n_voxels, 3, -1)
+    coefficients = np.stack([signal_basis.coefficients(basis, np.moveaxis(image, 1, 0)) for image in own])
+    signals = 50 * own[:, :, 0, 190] + rng.standard_normal((N_IMAGES, n_voxels))
+    state = encoders.init(n_voxels, n_voxels, sum(basis.ranks))
+    for image, signal in zip(coefficients, signals, strict=True):
+        state = encoders.update(basis, state, jnp.asarray(image.T), jnp.asarray(signal))
+    z = jnp.asarray(rng.normal(0, 0.7, (2, 4, n_voxels)), jnp.float32)
+    evaluate = compiled(lambda state: encoders.evaluate(encoder, plan, encoders.expand(encoder, plan, state, z[:, 0].T), NOISE, z))
+    anchored = compiled(lambda state: encoders.anchor_features(encoder, plan, state, NOISE))
+    found, values = evaluate(state), np.asarray(plan.table(*(COORDINATE.place(axis, z[axis]) for axis in (0, 1))), float)
+    for voxel in range(n_voxels):
+        here = coefficients[:, voxel], basis.ranks, signals[:, voxel], NOISE
+        expected = np.array([plain(values[:, point, voxel], *here) for point in range(4)])
+        np.testing.assert_allclose(found.log_likelihood[:, voxel], expected[:, 0], atol=2e-3)  # nats; float32, a hundred terms
+        np.testing.assert_allclose(found.residual[:, voxel], expected[:, 1], rtol=1e-3)
+        np.testing.assert_allclose(found.amplitude[:, voxel], expected[:, 2], rtol=1e-5)
+        height = np.array([plain(np.asarray(anchor, float), *here)[0] for anchor in plan.anchors])
+        weight = np.exp((height - height.max()) / 16 + np.asarray(plan.log_mass))  # the third temperature
+        mean = weight @ np.asarray(plan.places) / weight.sum()
+        np.testing.assert_allclose(anchored(state)[10:12, voxel], mean, atol=1e-3)
+
+
 def test_the_order_of_images_changes_nothing(world):
     signals = measured(world[2], np.random.default_rng(2), 16)
     encoder, plan, _ = world
-    infer = eqx.filter_jit(lambda state: encoders.infer(encoder, plan, state, NOISE)[0])
+    infer = compiled(lambda state: encoders.infer(encoder, plan, state, NOISE)[0])
     first, second = infer(state_of(world, signals)), infer(state_of(world, signals, order=[3, 0, 6, 1, 5, 2, 4]))
     np.testing.assert_allclose(first.mean, second.mean, atol=1e-5)
     np.testing.assert_allclose(first.root, second.root, atol=1e-5)
@@ -95,8 +146,9 @@ def test_the_order_of_images_changes_nothing(world):
 def test_newton_finds_the_peak_of_a_gaussian():
     stencil, precision, peak = encoders.STENCIL, np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([0.4, -0.7])
     height = -0.5 * np.einsum("pi,ij,pj->p", stencil - peak, precision, stencil - peak)
-    step, root = encoders._newton(jnp.asarray(height - height[0], jnp.float32)[None])
-    np.testing.assert_allclose(step[0], peak, atol=1e-5)
+    step, root = encoders._newton(jnp.asarray(height - height[0], jnp.float32)[:, None])
+    np.testing.assert_allclose(step[:, 0], peak, atol=1e-5)
+    root = root.T
     covariance = np.array([[root[0, 0], 0], [root[0, 1], root[0, 2]]])
     np.testing.assert_allclose(covariance @ covariance.T, np.linalg.inv(precision), atol=1e-5)
 
@@ -123,6 +175,6 @@ def test_repeats_of_the_last_refinement_may_learn_apart_and_start_alike(world):
     apart = training.unshared(encoder)
     assert (len(apart.refine), apart.repeats) == (4, 0)
     state = state_of(world, measured(images, np.random.default_rng(3), 8))
-    ours, theirs = (eqx.filter_jit(encoders.infer)(each, encoders.plan(each), state, NOISE)[0] for each in (apart, encoder))
+    ours, theirs = (compiled(encoders.infer)(each, encoders.plan(each), state, NOISE)[0] for each in (apart, encoder))
     np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-6)
     np.testing.assert_allclose(ours.root, theirs.root, atol=1e-6)

@@ -50,6 +50,28 @@ def test_a_voxel_is_answered_bit_for_bit_alike_alone_and_among_others(volume):
             np.testing.assert_array_equal(ours[0], theirs[place])
 
 
+@pytest.mark.long
+def test_a_voxel_is_answered_bit_for_bit_alike_alone_and_among_a_hundred_thousand_others(trained):
+    rng, n_voxels = np.random.default_rng(6), 100_001
+    volume = Volume(trained.encoder, voxel_columns.make(forward.tissue_axes(MOUSE), trained.mapped, (0.0, 0.0)), MOUSE.noise.discrepancy)
+    nodes = int(np.prod([axis.n_nodes for axis in volume.columns.axes])) + 1
+    expected, signals = rng.uniform(0.4, 0.8, (3, nodes, 400)), rng.uniform(300, 700, (3, n_voxels))
+    maps = {"t1_s": rng.uniform(1.1, 2.7, n_voxels), "t2_s": rng.uniform(0.03, 0.14, n_voxels)}
+    rows = voxel_columns.rows_of_voxels(volume.columns, maps, {name: map_error(MOUSE, name, each) for name, each in maps.items()})
+
+    def answer(voxels):
+        volume.begin(tuple(row[:, voxels] for row in rows), len(voxels))
+        for image, signal in zip(expected, signals, strict=True):
+            last = volume.absorb(image, signal[voxels], NoiseEstimate(5.0, 100.0))
+        return jax.tree.leaves(last)
+
+    everyone = answer(np.arange(n_voxels))
+    for place in (0, *rng.integers(n_voxels, size=40), n_voxels - 1):
+        for ours, theirs in zip(answer(np.array([place])), everyone, strict=True):
+            np.testing.assert_array_equal(ours[0], theirs[place])
+    volume.close()
+
+
 def test_every_region_is_audited_however_small():
     regions = [np.arange(5000), np.arange(5000, 5007), np.arange(5007, 5008)]
     audited = sampled(regions, np.random.default_rng(0))
