@@ -44,7 +44,7 @@ PUBLISHED = Scan(
         "b1_relative": Auxiliary(lower=1.0, upper=1.0, map_error_relative=0.03),
     },
     noise=Noise(),
-    stop=Stop(n_min=10, confirmations=3),  # with fewer images, probes among them, an unknown pool often goes unnoticed
+    stop=Stop(n_min=12, confirmations=3),  # with fewer images, probes among them, an unknown pool often goes unnoticed
     limits=Limits(
         b1_max_ut=6.0,
         offset_ppm=Range(lower=-5.0, upper=5.0),
