@@ -20,6 +20,7 @@ from scansteer.core import gaussian_region
 from scansteer.core.likelihood import Noise
 from scansteer.protocols.scan import load
 from scansteer.realtime import bench, encoder_file
+from scansteer.realtime.compiled import for_blocks_of_voxels
 from scansteer.realtime.encoded import BLOCK, answer
 
 
@@ -42,23 +43,30 @@ def parts(encoder: encoders.Encoder, discrepancy: float, mapped: bool, n_voxels:
     plan, size = encoders.plan(encoder), sum(encoder.basis.ranks)
     state = encoders.init(BLOCK, BLOCK if mapped else 1, size)
     for _ in range(5):
-        coefficients = rng.normal(size=(BLOCK if mapped else 1, size)) * 0.2 + np.eye(size)[0] * 5
-        state = encoders.update(state, jnp.asarray(coefficients), jnp.asarray(rng.uniform(0.4, 0.8, BLOCK)))
+        coefficients = jnp.asarray(rng.normal(size=(size, BLOCK if mapped else 1)) * 0.2 + 5 * np.eye(size)[:, :1])
+        state = encoders.update(encoder.basis, state, coefficients, jnp.asarray(rng.uniform(0.4, 0.8, BLOCK)))
     noise = Noise(jnp.asarray(0.01), jnp.asarray(100.0), jnp.asarray(discrepancy))
-    z = jnp.asarray(rng.normal(size=(BLOCK, 9, 2)), jnp.float32)
-    expansion = eqx.filter_jit(encoders.expand)(encoder, plan, state, z[:, 0])
-    posterior = encoders.Gaussian(z[:, 0], jnp.abs(jnp.concatenate([z[:, 0], z[:, 1, :1]], axis=1)) + 0.1)
+    z = jnp.asarray(rng.normal(size=(2, 9, BLOCK)), jnp.float32)
+    expansion = compiled(encoders.expand)(encoder, plan, state, z[:, 0].T)
+    posterior = encoders.Gaussian(z[:, 0].T, jnp.abs(z[:, 1:4].reshape(6, -1)[:3].T) + 0.1)
     work = {
         "anchors": lambda: features(encoder, plan, state, noise),
         "likelihood at 9 points": lambda: evaluate(encoder, plan, expansion, noise, z),
         "posterior": lambda: infer(encoder, plan, state, noise),
-        "regions": lambda: regions(posterior, posterior.mean, encoder.coordinate),
+        "first expansion": lambda: expand(encoder, plan, state, posterior.mean),
+        "regions": lambda: regions(posterior, posterior.mean.T, encoder.coordinate),
         "all": lambda: everything(encoder, plan, state, noise),
     }
-    features, evaluate, infer = (eqx.filter_jit(each) for each in (encoders.anchor_features, encoders.evaluate, encoders.infer))
-    regions, everything = eqx.filter_jit(gaussian_region.summarise), eqx.filter_jit(answer)
+    features, expand, infer, regions, everything = (
+        compiled(each) for each in (encoders.anchor_features, encoders.expand, encoders.infer, gaussian_region.summarise, answer)
+    )
+    evaluate = compiled(lambda *given: encoders.evaluate(*given).log_likelihood)
     for what, function in work.items():
         print(f"{what:24s} {1e3 * best(function):7.1f} ms per block of {BLOCK}, {best(function) * n_voxels / BLOCK:5.2f} s per volume")
+
+
+def compiled(function):
+    return eqx.filter_jit(function, compiler_options=for_blocks_of_voxels())
 
 
 def best(function, repeats: int = 5) -> float:

@@ -291,14 +291,15 @@ def expand(encoder: Encoder, plan: Plan, state: State, z: Float[Array, "voxel 2"
     left = state.projection - amplitude * along
     energy = state.energy - amplitude * _product(exact, projection + left[: ranks[0]])
     parts = amplitude, along, left, energy, state.gram, state.n_images
-    return Expansion(centre, *(each.astype(single) for each in parts))
+    return Expansion(centre, *(each.astype(single) for each in parts))  # pyright: ignore[reportCallIssue] - in the order of the fields
 
 
 def evaluate(encoder: Encoder, plan: Plan, expansion: Expansion, noise: Noise, z: Float[Array, "2 point voxel"]) -> Fit:
     """The marginal likelihood at any points."""
     places = _once([encoder.coordinate.place(axis, z[axis]) for axis in (0, 1)])
     functions = _once(plan.table(*places))
-    return _collapse(*_once(_forms(encoder.basis, expansion, functions)), expansion.amplitude, noise, expansion.n_images)
+    g, p, energy = _once(_forms(encoder.basis, expansion, functions))
+    return _collapse(g, p, energy, expansion.amplitude, noise, expansion.n_images)
 
 
 def _forms(

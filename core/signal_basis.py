@@ -106,8 +106,8 @@ def tabulate(basis: Basis, functions: slice = slice(None)) -> Table:
     orders = (0, 0), (1, 0), (0, 1)
     each = [basis.at((places, places), order).reshape(N_TABLE**2, -1)[:, functions] / (N_TABLE - 1) ** sum(order) for order in orders]
     n_functions = each[0].shape[1]
-    padded = (jnp.asarray(np.pad(one, ((0, 0), (0, -n_functions % PADDED))), jnp.float32) for one in each)
-    return Table(*padded, n_functions)
+    value, slope_f, slope_k = (jnp.asarray(np.pad(one, ((0, 0), (0, -n_functions % PADDED))), jnp.float32) for one in each)
+    return Table(value, slope_f, slope_k, n_functions)
 
 
 def _polynomial(place: Float[np.ndarray, " x"], order: int) -> Float[np.ndarray, "x node"]:
