@@ -17,10 +17,10 @@ import numpy as np
 
 from scansteer.core import encoder as encoders
 from scansteer.core import gaussian_region
+from scansteer.core.code_generation import for_blocks_of_voxels
 from scansteer.core.likelihood import Noise
 from scansteer.protocols.scan import load
 from scansteer.realtime import bench, encoder_file
-from scansteer.realtime.compiled import for_blocks_of_voxels
 from scansteer.realtime.encoded import BLOCK, answer
 
 

@@ -14,7 +14,7 @@ Decoding, in the coordinate z where the prior is N(0, 1) (core.coordinate), in s
 Weights are shared by all voxels and nothing depends on a neighbour.
 
 Voxels are the last axis of all that is computed on the way, and sums over functions are written out: a CPU then works on eight voxels at
-once and keeps a sum in a register. What several others read is kept by a barrier; compile with `realtime.compiled.with_barriers`.
+once and keeps a sum in a register. What several others read is kept by a barrier; compile with `core.code_generation.with_barriers`.
 
 What lost, measured on the built-in scans: see docs/train-an-encoder.md.
 """

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from scansteer.core import design, dictionary, nuisance, predictive
+from scansteer.core.code_generation import for_large_programs
 from scansteer.core.design import Answer, Question, Quota
 from scansteer.core.dictionary import Magnetisation
 from scansteer.core.errors import ScansteerError
@@ -91,7 +92,7 @@ class Prospect:
         self.candidates, self._probes = candidates.candidates(scan), candidates.probes(scan)
         self._coordinates = candidates.coordinates(scan, self.candidates)
         self._star, self._forward = forward.coarse(scan)
-        self._block_map = jax.jit(dictionary.block_map)
+        self._block_map = jax.jit(dictionary.block_map, compiler_options=for_large_programs())
         self._play = jax.jit(dictionary.play)
         self._candidates_at = jax.jit(_candidates_at)
         self._rest_at = jax.jit(_rest_at)

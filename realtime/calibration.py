@@ -15,9 +15,9 @@ from scipy import stats
 from scansteer.core import coordinate as coordinates
 from scansteer.core import encoder as encoders
 from scansteer.core import training
+from scansteer.core.code_generation import with_barriers
 from scansteer.core.encoder import Encoder, Gaussian, State
 from scansteer.core.likelihood import Noise
-from scansteer.realtime.compiled import with_barriers
 from scansteer.realtime.simulated import DOF_RANGE, SIGMA_RANGE, Conditions, Simulator
 
 LEVELS = (0.5, 0.8, 0.95)

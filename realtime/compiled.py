@@ -1,10 +1,9 @@
-"""Ready in seconds: what was compiled once is kept on disk, and what compiles for long is compiled more simply."""
+"""Ready in seconds: what was compiled once is kept on disk."""
 
 from __future__ import annotations
 
 import os
 import stat
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -13,41 +12,6 @@ from scansteer.core.errors import InputError
 
 _MAX_BYTES = 2**30
 """A scan takes a few MB; beyond this all is compiled anew (JAX's own bound would need another library)."""
-
-
-@cache
-def for_large_programs() -> dict[str, bool | int | str]:
-    """Options of `jax.jit` for programs of hundreds of operations: XLA's older code generator for fused loops.
-
-    With jaxlib 0.10.2 such a program compiles in less than half the time. Empty where XLA does not know the option.
-    """
-    return _if_known({"xla_cpu_use_fusion_emitters": False})
-
-
-@cache
-def with_barriers() -> dict[str, bool | int | str]:
-    """Options of `jax.jit` for the encoder: on a CPU an `optimization_barrier` stays one.
-
-    XLA (jaxlib 0.10.2) else drops barriers before it fuses loops. What was to be computed once is then computed anew in each of its
-    readers: the encoder's answer takes five times as long, and as long again to compile. Empty where XLA does not know the option.
-    """
-    return {} if jax.default_backend() != "cpu" else _if_known({"xla_disable_hlo_passes": "cse_barrier_expander"})
-
-
-@cache
-def for_blocks_of_voxels() -> dict[str, bool | int | str]:
-    """The same for a program that runs in several threads at once, each on its own block of voxels: no threads within it."""
-    if jax.default_backend() != "cpu":
-        return {}
-    return _if_known({"xla_cpu_multi_thread_eigen": False, "xla_disable_hlo_passes": "cse_barrier_expander,cpu-parallel-task-assigner"})
-
-
-def _if_known(options: dict[str, bool | int | str]) -> dict[str, bool | int | str]:
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=options)(0.0)
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
 
 
 def keep_compiled(folder: Path) -> None:

@@ -8,6 +8,7 @@ and stops are vetoed.
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from jaxtyping import Float, Int
 from scansteer.core import agreement, design, gaussian_region, signal_basis, voxel_columns
 from scansteer.core import coordinate as coordinates
 from scansteer.core import encoder as encoders
+from scansteer.core.code_generation import for_blocks_of_voxels, for_large_programs, with_barriers
 from scansteer.core.encoder import Encoder, Fit, Gaussian, Plan, State
 from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info, Prior
@@ -34,7 +36,6 @@ from scansteer.core.signal_basis import Basis
 from scansteer.core.voxel_columns import Columns, Rows
 from scansteer.protocols import forward
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
-from scansteer.realtime.compiled import for_blocks_of_voxels, for_large_programs, with_barriers
 from scansteer.realtime.encoder_file import Trained, check, load, shipped
 from scansteer.realtime.messages import Audit
 from scansteer.realtime.reference import Reference
@@ -42,6 +43,8 @@ from scansteer.realtime.reference import Reference
 BLOCK = 256
 """Voxels per block: few, so that what is computed on the way stays in cache; fixed and padded, so that a voxel's answer is the same alone
 and in a volume."""
+VOLUME = 20_000
+"""Voxels of a matrix from which on speed per voxel counts for more than being ready a few seconds earlier."""
 SEARCH = (0.5, 0.2)
 """Scales of the search for the MAP, in standard deviations of the posterior."""
 N_AUDITED = 128
@@ -84,15 +87,16 @@ class Answer(NamedTuple):
 class Volume:
     """The encoder alone: running sums and posteriors of many voxels in fixed blocks."""
 
-    def __init__(self, encoder: Encoder, columns: Columns, discrepancy: float, block: int = BLOCK) -> None:
-        """Compile: seconds."""
+    def __init__(self, encoder: Encoder, columns: Columns, discrepancy: float, block: int = BLOCK, *, ready_soon: bool = False) -> None:
+        """Compile: ten seconds; about half of that with `ready_soon`, for code that takes half as long again per voxel."""
         self.encoder, self.columns, self._block = encoder, columns, block
         self._plan = encoders.plan(encoder)
         self._discrepancy = jnp.asarray(discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-encoder")
         static = eqx.filter(encoder, eqx.is_array, inverse=True)
         step = partial(_step, static=static, kinds=columns.kinds)
-        self._step = jax.jit(step, donate_argnums=0, compiler_options=for_blocks_of_voxels())
+        options = for_blocks_of_voxels() | (for_large_programs() if ready_soon else {})
+        self._step = jax.jit(step, donate_argnums=0, compiler_options=options)
         self._evaluate = eqx.filter_jit(_evaluate, compiler_options=with_barriers())  # pyright: ignore[reportCallIssue] - for jax.jit
         self._draw = eqx.filter_jit(agreement.posterior_draw)
         self._n_voxels = 0
@@ -178,7 +182,8 @@ class Encoded:
         lower, upper = bounds(scan.readout.offset)
         columns = voxel_columns.make(axes, self._mapped, (0.5 * (lower + upper), (upper - lower) / 12**0.5))
         with ThreadPoolExecutor(2) as side_by_side:  # both compile for long
-            volume = side_by_side.submit(Volume, trained.encoder, columns, scan.noise.discrepancy)
+            few = math.prod(scan.matrix or (0,)) < VOLUME
+            volume = side_by_side.submit(Volume, trained.encoder, columns, scan.noise.discrepancy, ready_soon=few)
             self._reference = Auditor(scan, mapped)
             self._volume = volume.result()
         self._coordinate = trained.encoder.coordinate

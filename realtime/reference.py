@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from scansteer.core import blocks, dictionary, grid_posterior, likelihood, nuisance
+from scansteer.core.code_generation import for_large_programs
 from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info, LogPosterior, Prior
 from scansteer.core.likelihood import Noise, Sums
@@ -26,7 +27,6 @@ from scansteer.core.nuisance import Measured
 from scansteer.core.signal import LongitudinalMap
 from scansteer.protocols import forward, tissue_model
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
-from scansteer.realtime.compiled import for_large_programs
 from scansteer.realtime.messages import Audit
 
 jax.config.update("jax_enable_x64", True)  # the physics and the running sums need it; core leaves the choice to its user
@@ -81,10 +81,10 @@ class Reference:
         self._n_mixture = math.prod(axis.n_slices for axis in self.model.axes if axis.name not in self._mapped)
         self._discrepancy = jnp.asarray(scan.noise.discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-posterior")
-        self._block_map = jax.jit(dictionary.block_map)
+        self._block_map = jax.jit(dictionary.block_map, compiler_options=for_large_programs())
         self._play = jax.jit(dictionary.play)
         self._reading = jax.jit(dictionary.reading)(self.model.forward)
-        self._columns = jax.jit(grid_posterior.expected_columns)
+        self._columns = jax.jit(grid_posterior.expected_columns, compiler_options=for_large_programs())
         self._step: Callable[..., tuple[Sums, Info, LogPosterior]] = jax.jit(
             _step, donate_argnums=0, compiler_options=for_large_programs()
         )

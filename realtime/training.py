@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scansteer.core import encoder as encoders
 from scansteer.core import training
+from scansteer.core.code_generation import with_barriers
 from scansteer.core.encoder import Encoder, Gaussian, State
 from scansteer.core.errors import InputError, ScansteerError
 from scansteer.core.likelihood import Noise
@@ -37,7 +38,6 @@ from scansteer.core.signal_basis import Basis
 from scansteer.core.training import Samples, Weights
 from scansteer.protocols.scan import Scan
 from scansteer.realtime import calibration
-from scansteer.realtime.compiled import with_barriers
 from scansteer.realtime.encoder_file import Trained, check, load, physics_of, save, shipped, to_bytes
 from scansteer.realtime.recording import AUXILIARIES, Recording, read
 from scansteer.realtime.simulated import (

@@ -8,10 +8,10 @@ import pytest
 
 from scansteer.core import encoder as encoders
 from scansteer.core import lattice, likelihood, signal_basis, training
+from scansteer.core.code_generation import for_large_programs, with_barriers
 from scansteer.core.coordinate import Coordinate
 from scansteer.core.encoder import Gaussian
 from scansteer.core.likelihood import Noise
-from scansteer.realtime.compiled import for_large_programs, with_barriers
 
 COORDINATE = Coordinate(jnp.array([0.0, 0.0]), jnp.array([0.3, 70.0]), ("uniform", "beta"))
 N_POINTS = (16, 16)
