@@ -316,6 +316,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("ingest", "durability"))
     parser.add_argument("--memory-minutes", type=float, default=0)
     options = parser.parse_args()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the service's process, as `scansteer serve` has it
     result: dict[str, Any] = {"machine": machine()}
     if options.sessions:
         scan = load(options.scan)
