@@ -21,7 +21,6 @@ from scansteer.realtime.hosted import HostedSession, same_opening
 from scansteer.realtime.intake import Intake, refusal_of
 from scansteer.realtime.journal import JournalError
 from scansteer.realtime.messages import (
-    REQUESTS,
     Close,
     Closed,
     CommandAck,
@@ -74,7 +73,6 @@ log = logging.getLogger("scansteer.broker")
 
 VERSION = importlib.metadata.version("scansteer")
 
-_TAKEN = frozenset(REQUESTS)
 _MAX_MAPS_WANTED = 16
 _WARMING = ""
 """In the place of a session's name, for jobs that belong to none."""
@@ -124,7 +122,7 @@ class Broker:
         """Answer one message of a client. Never raises for what a peer sends."""
         self.metrics.messages += 1
         try:
-            message, bodies = decode(frames, max_body_bytes=self.config.limits.max_image_bytes)
+            message, bodies = decode(frames, max_body_bytes=self.config.limits.max_image_bytes, requests_only=True)
         except ProtocolError as error:
             return [self._refusal(identity, error.request_id, None, error)]
         request = Request(identity, frames, user)
@@ -251,8 +249,6 @@ class Broker:
         raise _not_taken(message)
 
     def _session(self, message: SessionMessage) -> HostedSession:
-        if type(message) not in _TAKEN:
-            raise _not_taken(message)
         session = self.sessions.get(message.session_id)
         if session is None:
             raise ProtocolError("unknown-session", f"There is no session {message.session_id} here; open it first.")

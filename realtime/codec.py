@@ -32,11 +32,14 @@ _STRINGS = frozenset([str])
 MAX_ENVELOPE_BYTES = 2**20
 MAX_BODIES = 64
 MAX_BODY_BYTES = 2**28
+MAX_ITEMS = 4096
+"""In any list or mapping of an envelope: what is wrong with each of a million would take minutes and gigabytes to say."""
 
 _VALIDATORS: dict[str, Callable[[dict[str, Any]], WireMessage]] = {
     model.model_fields["kind"].default: model.__pydantic_validator__.validate_python for model in (*REQUESTS, *REPLIES)
 }
 """What `model_validate` calls, by kind."""
+_REQUESTED = frozenset(model.model_fields["kind"].default for model in REQUESTS)
 
 
 class ProtocolError(InputError):
@@ -66,8 +69,10 @@ class AnswerEncoder:
         return [self._packer.pack(self._defaults | values)]
 
 
-def decode(frames: Sequence[Bytes], *, max_body_bytes: int = MAX_BODY_BYTES) -> tuple[WireMessage, Sequence[Bytes]]:
-    """The message and the bodies of frames that a peer sent.
+def decode(
+    frames: Sequence[Bytes], *, max_body_bytes: int = MAX_BODY_BYTES, requests_only: bool = False
+) -> tuple[WireMessage, Sequence[Bytes]]:
+    """The message and the bodies of frames that a peer sent; `requests_only`: what a service says itself is not looked at.
 
     Raises
     ------
@@ -76,12 +81,10 @@ def decode(frames: Sequence[Bytes], *, max_body_bytes: int = MAX_BODY_BYTES) -> 
     """
     _check_sizes(frames, max_body_bytes)
     fields = _unpack(frames[0])
-    validate = _validator(fields)
     try:
-        message = validate(fields)
-    except ValidationError as error:
-        reason = f"Message {fields['kind']!r}: {explain(error)}"[:1000]
-        raise ProtocolError("malformed", reason, _legible_request_id(fields)) from error
+        message = _validated(fields, requests_only)
+    except RecursionError as error:  # from describing what is wrong
+        raise ProtocolError("malformed", "The envelope is nested too deeply.") from error
     bodies = frames[1:]
     _check_bodies(message, bodies)
     return message, bodies
@@ -113,15 +116,25 @@ def _check_sizes(frames: Sequence[Bytes], max_body_bytes: int) -> None:
 
 def _unpack(envelope: Bytes) -> dict[str, Any]:
     try:
-        fields = msgpack.unpackb(envelope)
+        fields = msgpack.unpackb(envelope, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError, OverflowError) as error:
-        raise ProtocolError("malformed", f"The envelope is not msgpack: {type(error).__name__}.") from error
+        reason = f"The envelope is not msgpack, or has a list of more than {MAX_ITEMS} items: {type(error).__name__}."
+        raise ProtocolError("malformed", reason) from error
     if not isinstance(fields, dict) or not _STRINGS.issuperset(map(type, fields)):
         raise ProtocolError("malformed", "The envelope is not a mapping of field names.")
     return fields
 
 
-def _validator(fields: dict[str, Any]) -> Callable[[dict[str, Any]], WireMessage]:
+def _validated(fields: dict[str, Any], requests_only: bool) -> WireMessage:
+    validate = _validator(fields, requests_only)
+    try:
+        return validate(fields)
+    except ValidationError as error:
+        reason = f"Message {fields['kind']!r}: {explain(error)}"[:1000]
+        raise ProtocolError("malformed", reason, _legible_request_id(fields)) from error
+
+
+def _validator(fields: dict[str, Any], requests_only: bool) -> Callable[[dict[str, Any]], WireMessage]:
     """For the kind that an envelope names, once its version is one that is spoken."""
     if fields.get("protocol") != PROTOCOL_VERSION:
         version = _shown(fields.get("protocol"))
@@ -131,6 +144,8 @@ def _validator(fields: dict[str, Any]) -> Callable[[dict[str, Any]], WireMessage
     validate = _VALIDATORS.get(kind) if isinstance(kind, str) else None
     if validate is None:
         raise ProtocolError("unknown-kind", f"There is no message of kind {_shown(kind)}.", _legible_request_id(fields))
+    if requests_only and kind not in _REQUESTED:
+        raise ProtocolError("unknown-kind", f"A service does not take messages of kind {kind!r}.", _legible_request_id(fields))
     return validate
 
 

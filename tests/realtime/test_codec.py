@@ -123,6 +123,25 @@ def test_what_is_malformed_is_refused_by_name(frames, code, match):
     assert caught.value.code == code
 
 
+@pytest.mark.parametrize("field", ["protocol", "kind", "request_id"])
+def test_what_is_nested_too_deeply_to_be_described_is_refused(field):
+    content = {**Ping().model_dump(), field: None}
+    nested = msgpack.packb(content).replace(b"\xc0", b"\x91" * 1010 + b"\x00")  # type: ignore[union-attr]
+    with pytest.raises(ProtocolError, match="nested too deeply"):
+        decode([nested])
+
+
+def test_a_list_of_a_million_mistakes_is_refused_before_any_is_looked_at():
+    with pytest.raises(ProtocolError, match="list of more than 4096 items"):
+        decode([envelope(kind="missing", session_id="s", repetitions=[None] * 1_000_000)])
+
+
+def test_a_service_does_not_look_into_messages_that_only_services_send():
+    with pytest.raises(ProtocolError, match="does not take messages of kind 'status'") as caught:
+        decode([envelope(kind="status", request_id=3, sessions=[{}] * 4000)], requests_only=True)
+    assert (caught.value.code, caught.value.request_id) == ("unknown-kind", 3)
+
+
 def test_a_body_beyond_the_limit_is_refused_before_anything_is_read():
     with pytest.raises(ProtocolError, match="body has 11 bytes, more than the 10"):
         decode([b"not even msgpack", b"x" * 11], max_body_bytes=10)
