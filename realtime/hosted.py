@@ -304,7 +304,7 @@ class HostedSession:
 
     def _submit(self, job: Job, slow: bool) -> None:
         self._n_jobs += 1
-        self._submit_job(job, slow)
+        self._submit_job(lambda: self._actor.run(job), slow)
 
     def _check_room(self, n_bytes: int) -> None:
         if self._journal.end + n_bytes > self._limits.max_session_bytes:

@@ -174,6 +174,16 @@ class Actor:
         self._excluded: set[int] = set()
         self._n_decisions = 0
 
+    def run(self, job: Job) -> list[Event]:
+        """A job of this actor. An error that nobody foresaw ends the posterior: half an image may be in it, and nothing builds on that."""
+        try:
+            return job()
+        except InputError:
+            raise
+        except Exception:
+            self._session = None
+            raise
+
     def build(self, side_images: SideImages) -> list[Event]:
         """Compile the session, with the auxiliary and mask images that came before image 0."""
         started = time.perf_counter()

@@ -125,3 +125,22 @@ def test_an_expected_scan_that_cannot_be_compiled_keeps_nobody_waiting(serve_con
     stage.work()
     assert stage.broker.is_ready
     stage.broker.close()
+
+
+def test_nothing_builds_on_a_posterior_that_failed_half_way(serve_config, fake_session, make_stage, opening, make_image):
+    class Breaks(fake_session):
+        def absorb(self, frame, **moment):
+            decision = super().absorb(frame, **moment)
+            if frame.repetition == 1:
+                raise RuntimeError("out of memory")
+            return decision
+
+    stage = make_stage(serve_config, Breaks)
+    stage.say(opening)
+    for repetition in range(4):
+        stage.image("s", make_image(repetition))
+    stage.work()
+    session = stage.broker.sessions.get("s")
+    assert session.state == "failed"
+    assert [decision.repetition for decision in session.decisions] == [0]
+    stage.broker.close()
