@@ -113,13 +113,14 @@ class HostedSession:
         cls, opening: Open, frames: Sequence[Bytes], folder: SessionFolder, make: MakeSession, submit: Submit, limits: Limits
     ) -> HostedSession:
         """A new session: its folder, and a journal that begins with the `Open`."""
-        try:
-            folder.path.mkdir(mode=0o700)
-        except OSError as error:
-            raise JournalError(f"Cannot make the folder of session {opening.session_id}: {error.strerror}.") from error
+        folder.begin()
         journal = Journal.create(folder.journal)
+        try:
+            journal.append(frames)
+        except JournalError:
+            journal.close()
+            raise
         session = cls(opening, folder, journal, make, submit, limits)
-        journal.append(frames)
         session.note("opened", scan=session.scan.name)
         session._build_if_complete()
         return session

@@ -24,6 +24,8 @@ from scansteer.realtime.worker import Job, MakeSession
 log = logging.getLogger("scansteer.broker")
 
 _MAX_CLOSED_KEPT = 32
+_RESERVED = ("lock", "purged")
+"""Files in the data folder."""
 
 
 class Registry:
@@ -61,8 +63,10 @@ class Registry:
         if n_open >= self._config.limits.max_sessions:
             raise ProtocolError("limit", f"{n_open} sessions are open, the most that are accepted; close one.")
         self._check_scan(message)
+        if message.session_id in _RESERVED:
+            raise ProtocolError("conflict", f"A session cannot be called {message.session_id!r}; choose another name.")
         folder = self._folder(message.session_id)
-        if folder.path.exists() or message.session_id in self._purged():
+        if not folder.is_free or message.session_id in self._purged():
             raise ProtocolError("closed", f"Session {message.session_id} was closed before; choose another name.")
         submit = self._submitter(message.session_id)
         session = HostedSession.create(message, frames, folder, self._make, submit, self._config.limits)

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from scansteer.realtime.journal import FILE_MARK, JournalError
+
 log = logging.getLogger("scansteer.session")
 
 
@@ -37,6 +39,28 @@ class SessionFolder:
     @property
     def closed(self) -> Path:
         return self.path / "closed.json"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no session was ever accepted here: no folder, or one that a crash or a full disk left before the first record."""
+        try:
+            return not self.closed.exists() and self.journal.stat().st_size <= len(FILE_MARK)
+        except FileNotFoundError:
+            return True
+
+    def begin(self) -> None:
+        """Make the folder of a new session; what was left of one that never began goes.
+
+        Raises
+        ------
+        JournalError
+            It cannot be made.
+        """
+        try:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            self.journal.unlink(missing_ok=True)
+        except OSError as error:
+            raise JournalError(f"Cannot make the folder of session {self.path.name}: {error.strerror}.") from error
 
     def note(self, event: str, **details: Any) -> None:
         """Write a line into the audit log."""

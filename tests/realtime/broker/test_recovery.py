@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from scansteer.realtime import journal
 from scansteer.realtime.messages import Close, Control, DecisionAck, Missing, Ping, Played, PlayedPulse, Subscribe
 
@@ -109,6 +111,35 @@ def test_a_journal_whose_beginning_is_lost_is_left_alone(stage, opening, make_im
     assert "cannot be taken up again" in caplog.text
     assert kinds(second.say(Ping(request_id=1))) == ["pong"]
     second.broker.close()
+
+
+@pytest.mark.parametrize("left", [None, b"", journal.FILE_MARK, journal.FILE_MARK + b"\xabREC torn"])
+def test_a_session_that_a_kill_left_before_its_first_record_can_be_opened(left, opening, make_image, serve_config, fake_session, make_stage, kinds):
+    (serve_config.data_dir / "s").mkdir(parents=True)
+    if left is not None:
+        (serve_config.data_dir / "s" / "journal").write_bytes(left)
+    stage = make_stage(serve_config, fake_session)
+    assert kinds(stage.say(opening)) == ["opened"]
+    assert kinds(stage.image("s", make_image(0))) == ["accepted"]
+    assert stage.restarted(serve_config, fake_session).broker.status().sessions[0].n_accepted == 1
+
+
+def test_an_opening_that_the_disk_refused_may_be_tried_again(stage, opening, monkeypatch, kinds):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("os.pwritev", full)
+        (refused,) = stage.say(opening)
+    assert refused.code == "disk"
+    assert kinds(stage.say(opening)) == ["opened"]
+
+
+@pytest.mark.parametrize("name", ["purged", "lock"])
+def test_no_session_takes_the_place_of_the_folders_own_files(name, stage, opening, kinds):
+    (refused,) = stage.say(opening.model_copy(update={"session_id": name}))
+    assert refused.code == "conflict"
+    assert kinds(stage.say(opening)) == ["opened"]
 
 
 def test_a_decision_is_written_once_although_it_is_computed_again(stage, opening, make_image, serve_config, fake_session):
