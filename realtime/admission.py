@@ -56,7 +56,8 @@ class Peer:
         root = _xml(text)
         if root is None:
             return
-        self.field_t = _number(root, ".//{*}systemFieldStrength_T")
+        field_t = _number(root, ".//{*}systemFieldStrength_T")
+        self.field_t = field_t if field_t is not None and field_t > 0 else None  # 0 is how a converter says that it does not know
         maximum = _number(root, ".//{*}encodingLimits/{*}slice/{*}maximum")
         if maximum is not None and 0 <= maximum < 1024:
             self.n_slices = int(maximum) + 1
@@ -164,7 +165,8 @@ class ImageRules:
         return None
 
     def _number(self, header: ismrmrd.ImageHeader, body: bytes) -> Admitted | PassedOnly:
-        repetition = self._counter(header) - self._config.first_repetition - self._config.dummies
+        counter = self._counter(header)
+        repetition = counter - self._config.first_repetition - self._config.dummies
         if repetition < 0:
             return PassedOnly("it comes before the first repetition that is used")
         if repetition >= self._n_planned:
@@ -172,6 +174,7 @@ class ImageRules:
         slice_ = header.slice if self._n_slices > 1 else 0
         if slice_ >= self._n_slices:
             return PassedOnly(f"it is slice {slice_}, and {self._n_slices} are expected")
+        self._last_counter = counter
         return Admitted(_renumbered(header, body, repetition, slice_), "image", repetition, slice_)
 
     def _counter(self, header: ismrmrd.ImageHeader) -> int:
@@ -180,9 +183,7 @@ class ImageRules:
             return (self._n_arrived - 1) // self._n_slices + self._config.first_repetition
         value = getattr(header, self._config.dynamic_index)
         last = value if self._last_counter is None else self._last_counter
-        counter = last + (value - last + 0x8000) % 0x10000 - 0x8000  # the nearest number with these 16 bits
-        self._last_counter = counter
-        return counter
+        return last + (value - last + 0x8000) % 0x10000 - 0x8000  # the nearest number with these 16 bits
 
 
 def _renumbered(header: ismrmrd.ImageHeader, body: bytes, repetition: int, slice_: int) -> bytes:

@@ -389,7 +389,7 @@ def parse_meta(raw: bytes | memoryview) -> dict[str, str]:
     except ElementTree.ParseError as error:
         raise InputError(f"The Meta attributes of the image are not XML: {error}.") from error
     if root.tag != "ismrmrdMeta":
-        raise InputError(f"The Meta attributes of the image are <{root.tag}>, not <ismrmrdMeta>.")
+        raise InputError(f"The Meta attributes of the image are <{root.tag[:40]}>, not <ismrmrdMeta>.")
     meta: dict[str, str] = {}
     for entry in root.findall("meta"):
         name = entry.findtext("name", "").strip()
@@ -416,7 +416,7 @@ def _unit_factor(role: Role, meta: Mapping[str, str]) -> float:
         return 1.0
     factor = _UNIT_FACTORS[role].get(meta["Unit"].strip().lower())
     if factor is None:
-        raise InputError(f"The {role} map says that its unit is {meta['Unit']!r}; give it in {UNITS[role]}.")
+        raise InputError(f"The {role} map says that its unit is {meta['Unit'][:40]!r}; give it in {UNITS[role]}.")
     return factor
 
 
@@ -429,7 +429,7 @@ def _number(meta: Mapping[str, str], name: str, default: float) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise InputError(f"{name} of the image must be a number, got {text!r}.")
+        raise InputError(f"{name} of the image must be a number, got {text[:40]!r}.")
     return value
 
 

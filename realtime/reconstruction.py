@@ -19,8 +19,7 @@ from scansteer.core.errors import InputError
 from scansteer.realtime.admission import Admitted, Choice, ImageRules, PassedOnly, Peer, choose
 from scansteer.realtime.client import Client
 from scansteer.realtime.config import GatewayConfig
-from scansteer.realtime.images import HEADER_BYTES, parse_meta
-from scansteer.realtime.map_series import map_frames
+from scansteer.realtime.map_series import Heads, map_frames
 from scansteer.realtime.mrd_connection import (
     Dialect,
     MrdMessage,
@@ -41,6 +40,8 @@ log = logging.getLogger("scansteer.gateway")
 _WAIT_S = 0.05
 _DRAIN_S = 1.0
 _PIECE_BYTES = 2**18
+_MAX_SENTENCE = 1000
+"""Characters; a sentence may quote what the peer sent."""
 _PAUSE_S = 0.3
 """A peer that says nothing for so long after its header has said all that there is before the images."""
 
@@ -64,7 +65,9 @@ class Reconstruction:
         self._refused = False
         self._has_header = False
         self._said: set[str] = set()
-        self._heads: dict[int, tuple[bytes, dict[str, str]]] = {}
+        self._heads = Heads()
+        self._side_images: list[Admitted] = []
+        """Maps and masks that came before the first image: a session that takes the place of an empty one needs them, too."""
         peer.settimeout(config.idle_timeout_s)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._outlet = Outlet(peer, config.max_kept_bytes)
@@ -79,6 +82,10 @@ class Reconstruction:
             closed = False
         except (Ended, OSError) as error:
             log.warning("connection ended without CLOSE: %s", error or "the peer is gone")
+            closed = False
+        except Exception:  # a mistake of ours must not leave the peer waiting for ever
+            log.exception("a connection failed")
+            self._outlet.put(failure_frame("Internal error; the gateway's log has the details.", self._dialect))
             closed = False
         self._finish(closed)
 
@@ -135,7 +142,7 @@ class Reconstruction:
         try:
             verdict = self._rules.admit(body)
         except InputError as error:
-            verdict = PassedOnly(str(error))
+            verdict = PassedOnly(str(error).removesuffix("."))
         if isinstance(verdict, PassedOnly):
             self._say(f"An image is passed on and not used: {verdict.reason}.")
         elif self._uplink.n_kept_bytes + len(body) > self._config.max_kept_bytes:
@@ -145,12 +152,14 @@ class Reconstruction:
 
     def _deliver(self, image: Admitted) -> None:
         assert self._uplink is not None
-        if image.role == "image" and not self._heads:
-            self._trust_a_volume(image)
-        if image.role == "image" and image.slice not in self._heads:
-            n_meta = int.from_bytes(image.body[HEADER_BYTES : HEADER_BYTES + 8], "little")
-            meta = parse_meta(image.body[HEADER_BYTES + 8 : HEADER_BYTES + 8 + n_meta])
-            self._heads[image.slice] = image.body[:HEADER_BYTES], meta
+        if image.role != "image":
+            if not self._heads:
+                self._side_images.append(image)
+        else:
+            if not self._heads:
+                self._trust_a_volume(image)
+                self._side_images.clear()
+            self._heads.note(image)
         self._uplink.put(image)
 
     def _is_open(self) -> bool:
@@ -160,27 +169,35 @@ class Reconstruction:
         try:
             self._begin(choose(self._about, self._config))
         except InputError as error:
-            self._refused = True
-            log.warning("images only pass: %s", error)
-            self._outlet.put(failure_frame(f"{error} The images only pass.", self._dialect))
+            self._refuse(error)
             return False
         return True
 
+    def _refuse(self, error: InputError) -> None:
+        self._refused = True
+        log.warning("images only pass: %s", error)
+        self._outlet.put(failure_frame(f"{error} The images only pass.", self._dialect))
+
     def _begin_early(self) -> None:
-        """Compile while the scanner plays the first repetition: begin when the peer pauses after its header."""
+        """Compile while the scanner plays the first repetition: begin when the peer pauses after its header.
+
+        What cannot be understood yet may still be said; the first image ends that.
+        """
         if self._has_header and self._uplink is None and not self._refused:
             ready, _, _ = select.select([self._peer], [], [], _PAUSE_S)
             if not ready:
-                self._is_open()
+                with contextlib.suppress(InputError):
+                    self._begin(choose(self._about, self._config))
 
     def _begin_again(self) -> None:
-        """Options came late: another session, if they change anything and no image was used yet."""
+        """Options came late: another session, or none, if they change anything and no image was used yet."""
         if self._uplink is None or self._heads:
             return
         try:
             choice = choose(self._about, self._config)
         except InputError as error:
-            self._say(f"{error} It is ignored: the session was open already.")
+            self._uplink.finish()
+            self._refuse(error)
             return
         if choice != self._choice:
             self._uplink.finish()
@@ -188,9 +205,11 @@ class Reconstruction:
 
     def _begin(self, choice: Choice) -> None:
         self._choice, self._rules = choice, ImageRules(choice)
-        self._uplink = Uplink(choice, self._make_client, self._say, self._send_maps)
-        self._adopt(self._uplink)
-        log.info("session %s, scan %s, dialect %s", self._uplink.session_id, choice.scan.name, self._dialect)
+        self._uplink = uplink = Uplink(choice, self._make_client, self._say, self._send_maps)
+        self._adopt(uplink)
+        for image in self._side_images:
+            uplink.put(image)
+        log.info("session %s, scan %s, dialect %s", uplink.session_id, choice.scan.name, self._dialect)
 
     def _trust_a_volume(self, image: Admitted) -> None:
         """A header may count slices of an image that is a volume: the first image is believed."""
@@ -222,6 +241,7 @@ class Reconstruction:
 
     def _say(self, sentence: str) -> None:
         """Tell the peer, once each, in the dialect that allows it, and the log."""
+        sentence = sentence[:_MAX_SENTENCE]
         if sentence in self._said or len(self._said) > 1000:
             return
         self._said.add(sentence)

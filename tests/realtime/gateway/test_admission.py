@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -72,6 +73,42 @@ def test_another_field_strength_is_refused_by_name(fire, make_image, header_of):
     assert len(fire.images) == 1
 
 
+def test_a_field_of_zero_is_one_that_is_not_known(fire, make_image, header_of):
+    fire.begin(header=header_of(field_t="0.0"))
+    fire.send_image(make_image(0))
+    fire.end()
+    assert len(fire.maps()) == 4
+
+
+def wait_until_begun(gateway) -> None:
+    """The gateway opens a session when its peer pauses after the header."""
+    pause = threading.Event()
+    while not gateway._uplinks:
+        assert not pause.wait(0.01)
+
+
+def test_a_scan_named_after_a_pause_is_heard(fire, make_image):
+    fire.begin("a configuration of the site's own")
+    assert not fire.closed.wait(0.5)  # longer than the gateway waits for more
+    fire.send_text(5, json.dumps({"parameters": {"customconfig": SCAN}}))
+    fire.send_image(make_image(0))
+    fire.end()
+    assert len(fire.maps()) == 4
+
+
+def test_an_unknown_scan_named_after_a_pause_is_not_replaced_by_the_gateways_own(service, run_gateway, make_image, connect_peer):
+    gateway = run_gateway(service.endpoint, scan=SCAN)
+    peer = connect_peer(gateway, fire=True)
+    peer.begin("a configuration of the site's own")
+    wait_until_begun(gateway)
+    peer.send_text(5, json.dumps({"parameters": {"scan": "nowhere"}}))
+    peer.send_image(make_image(0))
+    peer.end()
+    assert peer.passed() == [make_image(0)]
+    assert peer.maps() == {}
+    assert "nowhere" in peer.texts[0]
+
+
 @pytest.mark.parametrize("header", ["", "no XML at all", "<ismrmrdHeader>", '<!DOCTYPE x [<!ENTITY a "b">]><ismrmrdHeader/>'])
 def test_a_missing_or_invalid_header_costs_nothing(fire, make_image, header):
     fire.begin(header=header)
@@ -94,6 +131,12 @@ def test_header_counters_that_wrap_go_on(scan):
         verdict = rules.admit(image_message(np.ones((1, 2, 3), np.float32), repetition=repetition))
         assert isinstance(verdict, Admitted)
         assert verdict.repetition == repetition
+
+
+def test_counters_of_images_that_only_pass_count_for_nothing(scan):
+    rules = ImageRules(Choice(scan, GatewayConfig(), 1))
+    verdicts = [rules.admit(image_message(np.ones((1, 2, 3), np.float32), repetition=value)) for value in (0, 40_000, 20_000, 1)]
+    assert [isinstance(verdict, Admitted) for verdict in verdicts] == [True, False, False, True]
 
 
 def test_dummies_only_pass(fire, make_image, only_session):
@@ -204,3 +247,23 @@ def test_maps_and_masks_are_recognised_by_their_role(serve_config, run_service, 
     peer.end()
     assert [set(setup.auxiliaries) for setup in setups] == [{"t1", "b0"}]
     assert setups[0].region is not None
+
+
+def test_maps_sent_before_a_session_is_replaced_go_over_to_the_next(
+    serve_config, run_service, run_gateway, fake_session, make_image, connect_peer, header_of
+):
+    setups = []
+
+    class Recording(fake_session):
+        def __init__(self, setup):
+            setups.append(setup)
+            super().__init__(setup)
+
+    service = run_service(serve_config, Recording)
+    peer = connect_peer(run_gateway(service.endpoint), fire=True)
+    peer.begin(header=header_of(n_slices=3))
+    peer.send_image(make_image(0, shape=(3, 5, 4), meta={"DataRole": "T1"}))
+    peer.send_image(make_image(0, shape=(3, 5, 4)))
+    peer.end()
+    assert set(setups[-1].auxiliaries) == {"t1"}
+    assert len(peer.maps()) == 4

@@ -193,3 +193,50 @@ def test_every_pixel_type_passes_and_is_used(fire, dtype):
     fire.end()
     assert fire.passed() == images
     np.testing.assert_array_equal(fire.maps()["fs_map"][0].data, 2)
+
+
+def test_maps_have_the_geometry_of_images_that_were_used(fire, make_image):
+    """An image of another matrix that cannot be used comes first: a map with its header would tear the stream."""
+    fire.begin()
+    fire.send_image(image_message(np.full((1, 8, 6), np.nan, np.float32), repetition=0))
+    for repetition in (1, 2):
+        fire.send_image(make_image(repetition))
+    fire.end()
+    maps = fire.maps()
+    assert len(maps) == 4
+    assert all(image.data.shape == (1, 1, 5, 4) for (image,) in maps.values())
+
+
+def test_an_image_without_pixels_costs_its_repetition_and_not_the_stream(fire, make_image):
+    image = make_image(0)
+    header = ismrmrd.ImageHeader.from_buffer_copy(image)
+    header.matrix_size = (0, 5, 1)
+    n_meta = struct.unpack("<Q", image[198:206])[0]
+    fire.begin()
+    fire.send_image(bytes(header) + image[198 : 206 + n_meta])
+    for repetition in (1, 2):
+        fire.send_image(make_image(repetition))
+    fire.end()
+    assert len(fire.maps()) == 4
+
+
+def test_a_sentence_that_quotes_the_peer_has_an_end(fire, make_image):
+    image = make_image(0)
+    text = b"<" + b"x" * 500_000 + b"/>"
+    fire.begin()
+    fire.send_image(image[:198] + struct.pack("<Q", len(text)) + text + image[206:])
+    fire.end()
+    assert "not <ismrmrdMeta>" in fire.texts[0]
+    assert len(fire.texts[0]) < 1001
+
+
+def test_a_mistake_of_ours_ends_the_connection_and_is_said(fire, make_image, monkeypatch, caplog):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("scansteer.realtime.admission.ImageRules.admit", broken)
+    fire.begin()
+    fire.send_image(make_image(0))
+    assert fire.closed.wait(10)
+    assert fire.passed() == [make_image(0)]
+    assert "Internal error" in fire.texts[-1]
