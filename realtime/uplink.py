@@ -21,7 +21,7 @@ from scansteer.core.errors import InputError, ScansteerError
 from scansteer.realtime.admission import Admitted, Choice
 from scansteer.realtime.client import Client
 from scansteer.realtime.connection import RefusedError, ServiceSilentError
-from scansteer.realtime.messages import Decision, SessionNotice, Unusable
+from scansteer.realtime.messages import Decision, Gap, SessionNotice, Unusable
 
 log = logging.getLogger("scansteer.gateway")
 
@@ -59,8 +59,8 @@ class Uplink:
         self.done = threading.Event()
         """Everything was delivered, or given up."""
         self.is_away = True
-        """The service did not answer lately."""
-        self.n_kept_bytes = 0
+        """The service did not answer lately, or its disk is full."""
+        self._n_put_bytes = self._n_taken_bytes = 0
         self._choice = choice
         self._make_client = make_client
         self._say = say
@@ -74,9 +74,16 @@ class Uplink:
         self._thread = threading.Thread(target=self._run, daemon=True, name="scansteer-uplink")
         self._thread.start()
 
+    @property
+    def n_kept_bytes(self) -> int:
+        """Of images that the service has not taken yet."""
+        return self._n_put_bytes - self._n_taken_bytes  # each is counted by one thread
+
     def put(self, image: Admitted) -> None:
-        """Hand an image over."""
-        self.n_kept_bytes += len(image.body)
+        """Hand an image over; once the session has ended (the service refused it), nothing is kept."""
+        if self.done.is_set():
+            return
+        self._n_put_bytes += len(image.body)
         self._queue.put(image)
 
     def finish(self) -> None:
@@ -110,7 +117,7 @@ class Uplink:
         n_used = 0
         while (image := self._queue.get()) is not None and not self._abandoned.is_set():
             self._send(client, image)
-            self.n_kept_bytes -= len(image.body)
+            self._n_taken_bytes += len(image.body)
             if image.role == "image" and self._is_complete(image):
                 n_used += 1
                 every = self._choice.config.maps_every
@@ -132,6 +139,8 @@ class Uplink:
         except RefusedError as error:
             log.warning("session %s: image of repetition %d not taken: %s", self.session_id, image.repetition, error)
             self._say(f"The image of repetition {image.repetition} was not taken: {error}")
+            if image.role == "image" and error.code != "conflict":  # then another one of that repetition is there
+                self._declare(client, [image.repetition])
         if image.role == "image":
             self._declare_missing(client, image)
 
@@ -144,7 +153,22 @@ class Uplink:
             self._next_repetition += 1
         if missing:
             self._say(f"Repetitions {missing} did not come; they count as missing.")
-            self._try(lambda: client.declare_missing(self.session_id, missing))
+            self._declare(client, missing)
+
+    def _declare(self, client: Client, missing: list[int]) -> None:
+        """Tell the service not to wait for repetitions; without effect on those that it has."""
+        try:
+            self._persist(lambda: client.declare_missing(self.session_id, missing))
+        except RefusedError as error:
+            log.warning("session %s: repetitions %s not declared missing: %s", self.session_id, missing, error)
+
+    def _answer_gap(self, client: Client, repetitions: tuple[int, ...]) -> None:
+        """What was delivered is not here any more, and what was overtaken does not come: the service shall not wait for either."""
+        overtaken = max(self._repetitions, default=0) - self._choice.config.reorder_repetitions
+        lost = [r for r in repetitions if r < overtaken or len(self._slices.get(r, ())) == self._choice.n_slices]
+        if lost:
+            self._say(f"Repetitions {lost} did not come whole, or the service has lost them; they count as missing.")
+            self._declare(client, lost)
 
     def _is_complete(self, image: Admitted) -> bool:
         slices = self._slices.setdefault(image.repetition, set())
@@ -175,7 +199,8 @@ class Uplink:
         if self._choice.config.send_maps and self._repetitions:
             missing = [r for r in range(max(self._repetitions)) if r not in self._repetitions and r >= self._next_repetition]
             if missing:
-                self._try(lambda: client.declare_missing(self.session_id, missing))
+                self._declare(client, missing)
+            self._take_notices(client)
             self._fetch_maps(client)
         self._take_notices(client)
         self._persist(lambda: client.close_session(self.session_id, timeout_s=self._choice.config.finish_timeout_s))
@@ -183,6 +208,8 @@ class Uplink:
     def _take_notices(self, client: Client) -> None:
         while (message := client.receive(0)) is not None:
             match message:
+                case Gap(repetitions=repetitions):
+                    self._answer_gap(client, repetitions)
                 case Unusable(reason=reason):
                     self._say(reason)
                 case SessionNotice(state="failed", reason=reason):
@@ -191,22 +218,25 @@ class Uplink:
                     pass
 
     def _persist(self, request: Callable[[], Given]) -> Given | None:
-        """Repeat a request until the service has answered it; none if the uplink is abandoned meanwhile.
+        """Repeat a request until the service has carried it out; none if the uplink is abandoned meanwhile.
 
         Raises
         ------
         RefusedError
-            It answered no.
+            It answered no, for another reason than that its disk is full.
         ServiceSilentError
             The time to wait is over.
         """
         while not self._abandoned.is_set():
             try:
                 answer = request()
-            except ServiceSilentError:
+            except (ServiceSilentError, RefusedError) as error:
+                if isinstance(error, RefusedError) and error.code != "disk":
+                    raise
                 self._note_away(True)
                 if time.monotonic() > self._give_up_at:
                     raise
+                self._abandoned.wait(_POLL_S)
                 continue
             self._note_away(False)
             return answer
@@ -225,7 +255,7 @@ class Uplink:
 
     def _note_away(self, is_away: bool) -> None:
         if is_away and not self.is_away:
-            log.warning("session %s: the service is away; images are kept", self.session_id)
+            log.warning("session %s: the service is away, or its disk is full; images are kept", self.session_id)
         elif self.is_away and not is_away:
             log.info("session %s: the service is there", self.session_id)
         self.is_away = is_away

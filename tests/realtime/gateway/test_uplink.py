@@ -7,7 +7,9 @@ import socket
 
 import numpy as np
 
+from scansteer.realtime import journal
 from scansteer.realtime.client import Client
+from scansteer.realtime.config import Limits
 
 
 def test_a_repetition_that_never_comes_is_declared_missing(fire, make_image):
@@ -63,12 +65,75 @@ def test_a_service_that_restarts_within_a_scan_misses_nothing(run_gateway, run_s
     np.testing.assert_array_equal(peer.maps()["fs_map"][0].data, 6)
 
 
-def test_a_peer_that_vanishes_leaves_a_closed_session(fire, service, make_image, only_session):
+def test_a_peer_that_vanishes_leaves_a_closed_session(fire, service, make_image):
     fire.begin()
     fire.send_image(make_image(0))
     while not fire.images:
         assert not fire.closed.wait(0.01)
     fire.socket.shutdown(socket.SHUT_RDWR)
     with Client(service.endpoint) as client:
-        while only_session().state != "closed":
+        while [session.state for session in client.status().sessions] != ["closed"]:
             assert client.receive(0.02) is None
+
+
+def test_images_that_the_disk_refuses_are_delivered_when_there_is_room(fire, service, make_image, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    fire.begin()
+    fire.send_image(make_image(0))
+    refusals = service.server.broker.metrics.refusals
+    with Client(service.endpoint) as client, monkeypatch.context() as disk:
+        while not [session for session in client.status().sessions if session.n_accepted == 1]:
+            assert not fire.closed.is_set()
+        disk.setattr("os.pwritev", full)
+        for repetition in (1, 2):
+            fire.send_image(make_image(repetition))
+        while not refusals["disk"]:
+            assert client.receive(0.01) is None
+    fire.end()
+    np.testing.assert_array_equal(fire.maps()["fs_map"][0].data, 3)
+
+
+def test_an_image_that_the_service_has_lost_holds_nothing_up(
+    run_gateway, run_service, serve_config, make_image, tmp_path, connect_peer
+):
+    config = serve_config.model_copy(update={"endpoint": f"ipc://{tmp_path}/damaged"})
+    first = run_service(config)
+    peer = connect_peer(run_gateway(config.endpoint), fire=True)
+    peer.begin()
+    for repetition in range(3):
+        peer.send_image(make_image(repetition))
+    with Client(config.endpoint) as client:
+        while not [session for session in client.status().sessions if session.n_accepted == 3]:
+            assert not peer.closed.is_set()
+    first.stop()
+    (path,) = config.data_dir.glob("*/journal")
+    content = bytearray(path.read_bytes())
+    content[journal.scan(path)[0][2].body_offset + 300] ^= 4  # within the image of repetition 1
+    path.write_bytes(content)
+    run_service(config)
+    for repetition in range(3, 6):
+        peer.send_image(make_image(repetition))
+    peer.end()
+    decision = json.loads(peer.maps()["fs_map"][0].meta["ScansteerDecision"])
+    assert (decision["repetition"], decision["n_images"]) == (5, 5)
+
+
+def test_nothing_is_kept_for_a_session_that_the_service_refused(run_service, run_gateway, serve_config, connect_peer, make_image, scan):
+    service = run_service(serve_config.model_copy(update={"limits": Limits(max_sessions=1)}))
+    gateway = run_gateway(service.endpoint)
+    with Client(service.endpoint) as client:
+        client.open(scan, "other")
+        peer = connect_peer(gateway, fire=True)
+        peer.begin()
+        peer.send_image(make_image(0))
+        while not any("1 sessions are open" in said for said in peer.texts):
+            assert not peer.closed.wait(0.01)
+        (uplink,) = gateway._uplinks
+        assert uplink.done.wait(20)
+        kept = uplink.n_kept_bytes
+        peer.send_image(make_image(1))
+        peer.end()
+    assert peer.images == [make_image(0), make_image(1)]
+    assert uplink.n_kept_bytes == kept
