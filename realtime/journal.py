@@ -8,6 +8,7 @@ only then is anything said about the record to anybody.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
@@ -101,8 +102,8 @@ class Journal:
     def reopen(cls, path: Path) -> tuple[Journal, list[Entry], list[Damage]]:
         """Go on with a journal after a crash.
 
-        A tail that does not check (torn by the crash, or damaged since) is copied to `NAME.damaged-OFFSET` and cut off. Damage
-        before the last good record stays where it is and is passed over.
+        A tail that does not check (torn by the crash, or damaged since) is copied to `NAME.damaged-OFFSET`, if there is room, and
+        cut off. Damage before the last good record stays where it is and is passed over.
 
         Raises
         ------
@@ -110,13 +111,17 @@ class Journal:
             Not a journal, or not readable.
         """
         entries, damages = scan(path)
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         end = entries[-1].end if entries else len(FILE_MARK)
-        size = os.fstat(descriptor).st_size
-        if size > end:
-            _keep_aside(descriptor, path, end, size)
-            os.ftruncate(descriptor, end)
-            os.fsync(descriptor)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            size = os.fstat(descriptor).st_size
+            if size > end:
+                with contextlib.suppress(OSError):  # no room: going on matters more than a copy of what cannot be read
+                    _keep_aside(descriptor, path, end, size)
+                os.ftruncate(descriptor, end)
+                os.fsync(descriptor)
+        except OSError as error:
+            raise JournalError(f"Cannot go on with journal {path}: {error.strerror}.") from error
         return cls(descriptor, path, end, entries[-1].sequence + 1 if entries else 0), entries, damages
 
     def append(self, frames: Sequence[Bytes]) -> Entry:

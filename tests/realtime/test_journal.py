@@ -191,3 +191,29 @@ def test_junk_between_records_is_passed_over(tmp_path_factory, records, junk, af
     written(other, after)
     path.write_bytes(content + junk + other.read_bytes()[len(journal.FILE_MARK) :])
     assert contents(path) == records + after
+
+
+def test_without_room_for_a_copy_of_the_torn_tail_the_journal_goes_on_all_the_same(path, monkeypatch):
+    written(path)
+    with path.open("ab") as file:
+        file.write(b"\xabREC torn")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(journal, "_keep_aside", full)
+    book, entries, _ = Journal.reopen(path)
+    book.close()
+    assert len(entries) == 5
+    assert contents(path) == RECORDS
+
+
+def test_a_journal_that_may_not_be_written_is_named(path, monkeypatch):
+    written(path)
+
+    def forbidden(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", forbidden)
+    with pytest.raises(JournalError, match=r"Cannot go on with journal.*Permission denied"):
+        Journal.reopen(path)
