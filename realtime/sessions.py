@@ -41,8 +41,7 @@ def list_sessions(data_dir: Path) -> list[StoredSession]:
     """Every session in a data folder, oldest first."""
     if not data_dir.is_dir():
         return []
-    stored = [_describe(SessionFolder(path)) for path in data_dir.iterdir() if (path / "journal").is_file()]
-    return sorted(stored, key=lambda session: session.modified)
+    return sorted(map(_describe, _folders(data_dir)), key=lambda session: session.modified)
 
 
 def export_session(data_dir: Path, session_id: str, file: Path) -> int:
@@ -95,10 +94,17 @@ def purge_old(data_dir: Path, retention_days: float) -> list[str]:
     return purge_sessions(data_dir, older_than_days=retention_days)
 
 
+def _folders(data_dir: Path) -> list[SessionFolder]:
+    return [SessionFolder(path) for path in sorted(data_dir.iterdir()) if (path / "journal").is_file()]
+
+
 def _purge(data_dir: Path, older_than_days: float, unfinished: bool) -> list[str]:
+    """Journals are not read: a service does this at its start, with a scan waiting perhaps."""
     limit = time.time() - older_than_days * 86400
     chosen = [
-        session.session_id for session in list_sessions(data_dir) if session.modified <= limit and (session.closed or unfinished)
+        folder.path.name
+        for folder in _folders(data_dir)
+        if folder.journal.stat().st_mtime <= limit and (unfinished or folder.closed.exists())
     ]
     for session_id in chosen:
         with open(data_dir / "purged", "a", encoding="utf-8") as file:
@@ -154,7 +160,7 @@ def _export_journal(folder: SessionFolder, archive: zipfile.ZipFile) -> int:
 def _existing(data_dir: Path, session_id: str) -> SessionFolder:
     folder = SessionFolder(data_dir / session_id)
     if Path(session_id).name != session_id or not folder.journal.is_file():
-        names = [session.session_id for session in list_sessions(data_dir)]
+        names = [folder.path.name for folder in _folders(data_dir)] if data_dir.is_dir() else []
         raise InputError(f"There is no session {session_id!r} in {data_dir}; there are: {', '.join(names) or 'none'}.")
     return folder
 

@@ -94,3 +94,11 @@ def test_the_summary_of_a_closed_session_is_kept(data_dir):
     assert closed_summary(data_dir, "done")["n_images"] == 3
     with pytest.raises(InputError, match="was not closed"):
         closed_summary(data_dir, "open")
+
+
+def test_purging_reads_no_journal(data_dir, monkeypatch):
+    def read(path):
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr("scansteer.realtime.journal.scan", read)
+    assert purge_sessions(data_dir) == ["done"]
