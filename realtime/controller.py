@@ -216,12 +216,21 @@ class Controller:
         if decision.action == "stop":
             self._answer(decision, "obeyed")
             return Advice("stop", None, decision.reason, decision)
-        refusal = self._refuse(decision.next_pulse) if self._refuse is not None and decision.next_pulse is not None else None
+        refusal = None if decision.next_pulse is None else self._refusal(decision.next_pulse)
         if refusal is not None:
             self._answer(decision, "refused", refusal)
             return Advice("continue", None, refusal, decision)
         self._answer(decision, "obeyed")
         return Advice("continue", decision.next_pulse, decision.reason, decision)
+
+    def _refusal(self, pulse: SuggestedPulse) -> str | None:
+        if self._refuse is None:
+            return None
+        try:
+            return self._refuse(pulse)
+        except Exception as error:  # not ours; a pulse that could not be judged is not played
+            log.exception("refuse failed")
+            return f"The pulse could not be judged: {type(error).__name__}."
 
     def _answer(self, decision: Decision, outcome: DecisionOutcome, reason: str = "") -> None:
         if decision.sequence_number > self._answered:
@@ -304,8 +313,16 @@ class Controller:
                     self._take_decision(message.decision)
                 command = self._take_command(message) if isinstance(message, Command) else None
                 self._changed.notify_all()
-            if command is not None and self._on_command is not None:
-                self._on_command(command)
+            if command is not None:
+                self._announce(command)
+
+    def _announce(self, command: CommandName) -> None:
+        if self._on_command is None:
+            return
+        try:
+            self._on_command(command)
+        except Exception:  # not ours, and the connection has to go on
+            log.exception("on_command failed")
 
     def _take_decision(self, decision: Decision) -> None:
         if self._decision is None or decision.sequence_number > self._decision.sequence_number:

@@ -176,6 +176,22 @@ def test_the_operators_commands_are_obeyed_and_confirmed(control, scanner, comma
         assert (outcome.command_id, outcome.outcome) == (command_id, "done")
 
 
+def test_a_callback_that_fails_ends_neither_scan_nor_connection(control, scanner, make_image, serve_config, scan, running):
+    def fail(_):
+        raise ZeroDivisionError
+
+    controller = control(mode="acting", refuse=fail, on_command=fail)
+    controller.played(0, scan.schedule[0])
+    scanner.send_image("s", make_image(0))
+    advice = controller.advise(1, 5)
+    assert (advice.action, advice.pulse) == ("continue", None)
+    wait_until(lambda: "could not be judged: ZeroDivisionError" in audit(serve_config))
+    with Client(running.endpoint) as operator:
+        operator.control("s", "stop")
+        wait_until(lambda: controller.advise(1, 0.1).action == "stop")
+        assert outcome_of(operator).outcome == "done"
+
+
 def test_a_paused_scan_goes_on_after_resume(control, scanner, running):
     heard: list[str] = []
     controller = control(on_command=heard.append)
