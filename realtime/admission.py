@@ -139,7 +139,10 @@ class ImageRules:
             return Admitted(body, role, header.repetition, header.slice)
         if is_dummy(meta, header.flags):
             return PassedOnly("it is declared a dummy")
-        return self._other_dimension(header) or self._number(header, body)
+        verdict = self._other_dimension(header) or self._number(header, body)
+        if isinstance(verdict, Admitted):
+            self._series, self._set = header.image_series_index, header.set
+        return verdict
 
     def expect_volumes(self) -> None:
         """One image per repetition from now on."""
@@ -154,13 +157,9 @@ class ImageRules:
             return PassedOnly(f"it is average {header.average}, and only average 0 is used")
         if dynamic != "phase" and header.phase:
             return PassedOnly(f"it is cardiac phase {header.phase}, and only phase 0 is used")
-        if dynamic != "set":
-            self._set = header.set if self._set is None else self._set
-            if header.set != self._set:
-                return PassedOnly(f"it belongs to set {header.set}, and set {self._set} is used")
-        if self._series is None:
-            self._series = header.image_series_index
-        if header.image_series_index != self._series:
+        if dynamic != "set" and self._set not in (None, header.set):
+            return PassedOnly(f"it belongs to set {header.set}, and set {self._set} is used")
+        if self._series not in (None, header.image_series_index):
             return PassedOnly(f"it belongs to series {header.image_series_index}, and series {self._series} is used")
         return None
 

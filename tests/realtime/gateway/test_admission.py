@@ -139,6 +139,16 @@ def test_counters_of_images_that_only_pass_count_for_nothing(scan):
     assert [isinstance(verdict, Admitted) for verdict in verdicts] == [True, False, False, True]
 
 
+def test_images_that_only_pass_choose_neither_series_nor_set(scan):
+    rules = ImageRules(Choice(scan, GatewayConfig(first_repetition=1), 1))
+    pixels = np.ones((2, 2), np.float32)
+    before = rules.admit(image_message(pixels, repetition=0, series_index=1, set=1))
+    used = rules.admit(image_message(pixels, repetition=1, series_index=2, set=2))
+    after = rules.admit(image_message(pixels, repetition=2, series_index=1, set=2))
+    assert [type(verdict).__name__ for verdict in (before, used, after)] == ["PassedOnly", "Admitted", "PassedOnly"]
+    assert "series 2 is used" in after.reason  # type: ignore[union-attr]
+
+
 def test_dummies_only_pass(fire, make_image, only_session):
     fire.begin()
     fire.send_image(make_image(0, seed=70, meta={"IsDummy": "1"}))
