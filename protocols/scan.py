@@ -206,7 +206,7 @@ class Scan(Model):
     matrix: tuple[int, int, int] | None = None
     """Expected image matrix (x, y, z); none accepts any."""
     pools: Annotated[tuple[Pool, ...], Field(min_length=1, max_length=7)]
-    parameters: dict[str, Parameter]
+    parameters: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")], Parameter]
     """The volume fraction first, the exchange rate second."""
     schedule: Annotated[tuple[SaturationBlock, ...], Field(min_length=1, max_length=1000)]
     train: Train = Train()
@@ -271,7 +271,7 @@ def from_yaml(text: str, source: str = "scan") -> Scan:
     """
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: a date that is none, nested without end
         raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict):
         raise InputError(f"{source} does not describe a scan: expected a mapping of fields; `scansteer scans export` writes one to start from.")

@@ -66,6 +66,9 @@ def check_endpoint_form(endpoint: str) -> None:
     """
     if not re.match(r"^(tcp://.+:(\d+|\*)|ipc://.+|inproc://.+)$", endpoint):
         raise InputError(f"Endpoint {endpoint!r} is not of the form tcp://ADDRESS:PORT or ipc://PATH.")
+    port = endpoint.rpartition(":")[2]
+    if endpoint.startswith("tcp://") and port != "*" and int(port[:9]) > 65535:  # ZeroMQ would take what is left of it modulo 65536
+        raise InputError(f"Endpoint {endpoint!r} has a port beyond 65535; choose one below.")
 
 
 class Guard:
@@ -122,13 +125,16 @@ def make_keys(folder: Path, clients: tuple[str, ...] = ("client",)) -> list[Path
     Raises
     ------
     InputError
-        The folder holds keys already (they are never overwritten), or a name cannot be a file name.
+        The folder cannot be made or holds keys already (they are never overwritten), or a name cannot be a file name.
     """
     for name in clients:
         if not _NAME.match(name) or name == "service":
             raise InputError(f"A client cannot be called {name!r}; use letters, digits, - and _, and not 'service'.")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (folder / "allowed").mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / "allowed").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot make folder {folder}: {error.strerror}.") from error
     written: list[Path] = []
     for name in ("service", *clients):
         place = folder if name == "service" else folder / "allowed"

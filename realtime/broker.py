@@ -148,8 +148,7 @@ class Broker:
         session.job_done()
         outgoing: list[Outgoing] = []
         for event in events:
-            session.take(event)
-            outgoing += self._tell(session, event)
+            outgoing += self._take(session, event)
         return outgoing
 
     def tick(self) -> list[Outgoing]:
@@ -302,6 +301,14 @@ class Broker:
         return []
 
     # What jobs said.
+
+    def _take(self, session: HostedSession, event: Event) -> list[Outgoing]:
+        try:
+            session.take(event)
+            return self._tell(session, event)
+        except Exception as error:  # a mistake of ours in passing on one thing must not end the service for all
+            refused, requester = refusal_of(error), getattr(event, "requester", None)
+            return [self._refusal(*requester, session.opening.session_id, refused)] if isinstance(requester, Requester) else []
 
     def _tell(self, session: HostedSession, event: Event) -> list[Outgoing]:
         session_id = session.opening.session_id

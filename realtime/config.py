@@ -150,8 +150,10 @@ def load(model: type[Config], path: Path | None) -> Config:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Cannot read {path}: {error}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: a date that is none, nested without end
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(data, dict | None):
+        raise InputError(f"{path} does not hold settings: expected a mapping of names to values, got {type(data).__name__}.")
     try:
         return model.model_validate({} if data is None else data)
     except ValidationError as error:

@@ -389,7 +389,8 @@ class ArraySpec(Message):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
     dtype: Literal["float32"] = "float32"
-    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(min_length=1, max_length=4)]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=2**31)], ...], Field(min_length=1, max_length=4)]
+    """Slices of 65535 voxels each, as MRD allows them, make more than that of a volume."""
 
     @property
     def n_bytes(self) -> int:

@@ -66,6 +66,12 @@ def test_an_address_of_another_form_is_named(endpoint):
         check_endpoint(endpoint, None)
 
 
+@pytest.mark.parametrize("port", ["65536", "99999", "9" * 5000])
+def test_a_port_that_is_none_is_named(port):
+    with pytest.raises(InputError, match="port beyond 65535"):
+        check_endpoint(f"tcp://127.0.0.1:{port}", None)
+
+
 def test_keys_without_an_allow_list_do_not_open_an_address(keys):
     with pytest.raises(InputError, match=r"keys\.allowed"):
         check_endpoint("tcp://0.0.0.0:9010", Keys(secret=keys[0].secret))
@@ -148,6 +154,12 @@ def test_key_files_are_private_and_never_overwritten(tmp_path):
     assert set(read_allowed(tmp_path / "keys" / "allowed").values()) == {"scanner", "console"}
     with pytest.raises(InputError, match="never overwritten"):
         make_keys(tmp_path / "keys")
+
+
+def test_a_key_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"Cannot make folder .*: Not a directory"):
+        make_keys(tmp_path / "file" / "keys")
 
 
 def test_a_secret_that_others_can_read_is_refused(keys):

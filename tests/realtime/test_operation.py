@@ -136,7 +136,10 @@ def test_without_a_file_the_defaults_find_each_other():
         ("endpoit: tcp://127.0.0.1:1", "unknown field 'endpoit'"),
         ("limits: {max_sessions: 0}", "limits.max_sessions"),
         ("fsync: [", "not YAML"),
-        ("- a", "serve.yaml"),
+        ("- a", r"serve\.yaml does not hold settings: .* got list"),
+        ("retention_days: 2023-13-45", "not YAML: month must be in"),
+        ("a: " + "[" * 3000 + "]" * 3000, "not YAML: maximum recursion"),
+        ("http_port: " + "9" * 5000, "not YAML: Exceeds the limit"),
         ("http_port: 70000", "http_port"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scansteer.core.errors import InputError
 from scansteer.realtime.config import Limits
-from scansteer.realtime.messages import Close, Subscribe
+from scansteer.realtime.messages import Close, GetMaps, Subscribe
 
 
 def test_a_gap_is_asked_for_at_intervals_until_it_is_filled(stage, opening, make_image, kinds):
@@ -97,6 +97,29 @@ def test_a_session_that_breaks_fails_alone(serve_config, fake_session, opening, 
     states = {session.session_id: session.state for session in stage.broker.status().sessions}
     assert states == {"broken": "failed", "s": "ready"}
     stage.broker.close()
+
+
+def test_what_cannot_be_passed_on_is_refused_and_ends_nothing(serve_config, fake_session, opening, make_image, kinds, make_stage, caplog):
+    class Odd(fake_session):
+        def maps(self):
+            return {"not a name": next(iter(super().maps().values()))}
+
+    stage = make_stage(serve_config, Odd)
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    stage.say(GetMaps(session_id="s", request_id=5))
+    answer = stage.work()[-1]
+    assert (answer.code, answer.request_id) == ("failed", 5)
+    assert kinds(stage.image("s", make_image(1))) == ["accepted"]
+    stage.broker.close()
+
+
+def test_maps_of_many_long_slices_are_sent(stage, opening, make_image):
+    stage.say(opening.model_copy(update={"n_slices": 2}))
+    for slice_ in range(2):
+        stage.image("s", make_image(0, shape=(40_000, 1, 1), slice=slice_))
+    stage.say(GetMaps(session_id="s", request_id=5))
+    assert stage.work()[-1].arrays[0].shape == (80_000, 1, 1)
 
 
 def test_expected_scans_are_compiled_before_the_service_is_ready(serve_config, fake_session, scan, make_stage):
