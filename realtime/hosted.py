@@ -103,7 +103,8 @@ class HostedSession:
         self._limits = limits
         self._submit_job = submit
         self._n_jobs = 0
-        self._built = False
+        self._n_builds = 0
+        self._n_builds_done = 0
         self._n_logged = folder.count_decisions()
         setup = Setup(opening.session_id, self.scan, region_names=opening.region_names, use_encoder=opening.use_encoder)
         self._actor = Actor(setup, journal.read, make, limits.max_voxels)
@@ -249,7 +250,8 @@ class HostedSession:
         """Change the state as a finished job says."""
         match event:
             case Ready():
-                if self.state == "opening":
+                self._n_builds_done += 1
+                if self.state == "opening" and self._n_builds_done == self._n_builds:
                     self.state = "ready"
             case Failed(reason=reason):
                 self.state, self.reason = "failed", reason
@@ -326,7 +328,7 @@ class HostedSession:
 
     def _apply_side_image(self, message: Image) -> None:
         if not self.received.is_underway:
-            if self._built:
+            if self._n_builds:
                 self._submit_build()
             else:
                 self._build_if_complete()
@@ -392,13 +394,17 @@ class HostedSession:
             self._build()
 
     def _build(self) -> None:
-        if not self._built:
-            self._built = True
+        if not self._n_builds:
             self._submit_build()
 
     def _submit_build(self) -> None:
+        """Compile with the maps and masks so far; while they come one after the other, only the last build is carried out."""
         side = self.received.side_images()
-        self._submit(lambda: self._actor.build(side), True)
+        self._n_builds += 1
+        number = self._n_builds
+        if self.state == "ready":
+            self.state = "opening"
+        self._submit(lambda: self._actor.build(side) if number == self._n_builds else [Ready(0.0)], True)
 
     def _report_damage(self, damages: Sequence[Damage]) -> None:
         for damage in damages:

@@ -120,3 +120,29 @@ def test_the_layout_of_an_image_is_that_of_its_library():
         data_type=1, matrix_size=(2, 3, 4), channels=5, slice=6, repetition=7, set=8, image_series_index=9, image_index=99
     )
     assert IMAGE_FACTS.unpack_from(bytes(header) + (10).to_bytes(8, "little")) == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+
+
+def test_maps_that_come_one_after_the_other_are_compiled_for_once(serve_config, fake_session, make_stage, opening, make_image):
+    made = []
+
+    class Counted(fake_session):
+        def __init__(self, setup):
+            super().__init__(setup)
+            made.append(len(setup.auxiliaries["t1"].pixels) if setup.auxiliaries else 0)
+
+    def send_map(slice_: int) -> None:
+        body = make_image(0, slice=slice_, meta={"DataRole": "T1"})
+        stage.say(image_of("s", body, role="t1"), [body])
+
+    stage = make_stage(serve_config, Counted)
+    stage.say(opening.model_copy(update={"n_slices": 5}))
+    for slice_ in range(4):
+        send_map(slice_)
+    assert not stage.broker.is_ready
+    stage.work()
+    assert (made, stage.broker.is_ready) == ([4], True)
+    send_map(4)
+    assert not stage.broker.is_ready
+    stage.work()
+    assert (made, stage.broker.is_ready) == ([4, 5], True)
+    stage.broker.close()
