@@ -8,14 +8,15 @@ import uuid
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import ismrmrd
 import numpy as np
 import zmq
+from pydantic import ValidationError
 
 from scansteer.core.errors import InputError, ScansteerError
-from scansteer.protocols.scan import SaturationBlock, Scan
+from scansteer.protocols.scan import SaturationBlock, Scan, explain
 from scansteer.realtime.codec import Bytes, decode_arrays, encode
 from scansteer.realtime.config import DEFAULT_ENDPOINT, Keys
 from scansteer.realtime.connection import Connection, RefusedError, ServiceSilentError
@@ -40,6 +41,7 @@ from scansteer.realtime.messages import (
     Image,
     ImageRole,
     Maps,
+    Message,
     MetricsText,
     Missing,
     Open,
@@ -55,6 +57,8 @@ from scansteer.realtime.messages import (
     Subscribe,
     WireMessage,
 )
+
+Content = TypeVar("Content", bound=Message)
 
 _HEARTBEAT_S = 1.0
 
@@ -93,7 +97,8 @@ class Client(Connection):
     ) -> str:
         """Begin a session (or take part in it again); returns its name. Compilation goes on afterwards, see `wait_ready`."""
         name = session_id or uuid.uuid4().hex
-        message = Open(
+        message = request(
+            Open,
             session_id=name,
             scan=scan.model_dump(mode="json"),
             n_slices=n_slices,
@@ -140,16 +145,16 @@ class Client(Connection):
 
     def declare_missing(self, session_id: str, repetitions: Iterable[int]) -> None:
         """Images that were lost for good; their pulses were played."""
-        self.ask(Missing(session_id=session_id, repetitions=tuple(repetitions)), Done)
+        self.ask(request(Missing, session_id=session_id, repetitions=tuple(repetitions)), Done)
 
     def maps(self, session_id: str, timeout_s: float | None = None) -> dict[str, np.ndarray]:
         """Name -> (z, y, x) float32, as they stand after everything absorbed so far."""
-        message, bodies = self._ask(GetMaps(session_id=session_id), Maps, (), timeout_s)
+        message, bodies = self._ask(request(GetMaps, session_id=session_id), Maps, (), timeout_s)
         return decode_arrays(message.arrays, bodies)
 
     def close_session(self, session_id: str, timeout_s: float = 60.0) -> dict:
         """End a session when everything that waits is absorbed; returns the summary."""
-        summary = self.ask(Close(session_id=session_id), Closed, timeout_s=timeout_s).summary
+        summary = self.ask(request(Close, session_id=session_id), Closed, timeout_s=timeout_s).summary
         self._subscriptions.pop(session_id, None)
         return summary
 
@@ -163,7 +168,7 @@ class Client(Connection):
         The service forgets a controller that says nothing for 5 s (`controller_timeout_s`). Every wait of this client says that it
         is still there, and after a longer silence takes part again: what was decided meanwhile comes then.
         """
-        message = Subscribe(session_id=session_id, mode=mode, reports_played=reports_played, last_decision=last_decision)
+        message = request(Subscribe, session_id=session_id, mode=mode, reports_played=reports_played, last_decision=last_decision)
         self.ask(message, Done)
         self._subscriptions[session_id] = _Subscription(message, time.monotonic())
 
@@ -171,8 +176,8 @@ class Client(Connection):
         self, session_id: str, repetition: int, pulse: Pulse | SaturationBlock, *, next_pulse_in_ms: float | None = None
     ) -> None:
         """Report what was really played."""
-        exact = PlayedPulse(b1_ut=pulse.b1_ut, offset_ppm=pulse.offset_ppm, t_sat_s=pulse.t_sat_s, t_rec_s=pulse.t_rec_s)
-        self.ask(Played(session_id=session_id, repetition=repetition, pulse=exact, next_pulse_in_ms=next_pulse_in_ms), Done)
+        exact = request(PlayedPulse, b1_ut=pulse.b1_ut, offset_ppm=pulse.offset_ppm, t_sat_s=pulse.t_sat_s, t_rec_s=pulse.t_rec_s)
+        self.ask(request(Played, session_id=session_id, repetition=repetition, pulse=exact, next_pulse_in_ms=next_pulse_in_ms), Done)
 
     def acknowledge(self, decision: Decision, outcome: DecisionOutcome = "advice", reason: str = "") -> None:
         """Say what was done with a decision: `obeyed`, `advice` (shown, not obeyed), `refused` or `expired`. Does not wait."""
@@ -211,14 +216,14 @@ class Client(Connection):
             latest when the command arrives.
         """
         name = command_id or uuid.uuid4().hex
-        message = Control(session_id=session_id, command_id=name, command=command, repetition=repetition, decision=decision)
+        message = request(Control, session_id=session_id, command_id=name, command=command, repetition=repetition, decision=decision)
         self.ask(message, Done)
         return name
 
     # Asking.
 
     def last_decision(self, session_id: str) -> Decision:
-        return self.ask(GetDecision(session_id=session_id), DecisionMessage).decision
+        return self.ask(request(GetDecision, session_id=session_id), DecisionMessage).decision
 
     def status(self) -> Status:
         return self.ask(GetStatus(), Status)
@@ -305,18 +310,33 @@ class Client(Connection):
             self._notices.append(answer)
 
 
+def request(kind: type[Content], **fields: Any) -> Content:
+    """A message, or a part of one, of what a user gives.
+
+    Raises
+    ------
+    InputError
+        One sentence naming the field and the value.
+    """
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        raise InputError(f"{kind.__name__}: {explain(error)}") from error
+
+
 def image_of(session_id: str, body: Bytes, *, role: ImageRole = "image") -> Image:
     """The envelope of an MRD image: its identity is read from its header.
 
     Raises
     ------
     InputError
-        Shorter than an MRD image header.
+        Shorter than an MRD image header, or a name that a session cannot have.
     """
     if len(body) < HEADER_BYTES:
         raise InputError(f"An MRD image has a header of {HEADER_BYTES} bytes, got {len(body)} bytes in all.")
     header = ismrmrd.ImageHeader.from_buffer_copy(body)
-    return Image(
+    return request(
+        Image,
         session_id=session_id,
         role=role,
         series=header.image_series_index,

@@ -16,7 +16,7 @@ from typing import Literal
 
 from scansteer.core.errors import ScansteerError
 from scansteer.protocols.scan import SaturationBlock
-from scansteer.realtime.client import Client
+from scansteer.realtime.client import Client, request
 from scansteer.realtime.config import DEFAULT_ENDPOINT, Keys
 from scansteer.realtime.messages import (
     Command,
@@ -119,6 +119,7 @@ class Controller:
         self._outbox: deque[SessionMessage] = deque()
         self._reports: deque[_Report] = deque()
         self._answered = -1
+        self._subscription()  # raises now, and not in the thread
         self._client = Client(endpoint, keys=keys, timeout_s=0.5)
         self._thread = threading.Thread(target=self._run, daemon=True, name="scansteer-controller")
         self._thread.start()
@@ -155,8 +156,10 @@ class Controller:
 
     def played(self, repetition: int, pulse: Pulse | SaturationBlock, *, next_pulse_in_ms: float | None = None) -> None:
         """Report what was really played. Returns at once; repeated until the service has it written down."""
-        exact = PlayedPulse(b1_ut=pulse.b1_ut, offset_ppm=pulse.offset_ppm, t_sat_s=pulse.t_sat_s, t_rec_s=pulse.t_rec_s)
-        message = Played(session_id=self.session_id, repetition=repetition, pulse=exact, next_pulse_in_ms=next_pulse_in_ms)
+        exact = request(PlayedPulse, b1_ut=pulse.b1_ut, offset_ppm=pulse.offset_ppm, t_sat_s=pulse.t_sat_s, t_rec_s=pulse.t_rec_s)
+        message = request(
+            Played, session_id=self.session_id, repetition=repetition, pulse=exact, next_pulse_in_ms=next_pulse_in_ms
+        )
         with self._changed:
             self._reports.append(_Report(message))
 
@@ -273,7 +276,9 @@ class Controller:
 
     def _subscription(self) -> Subscribe:
         last = -1 if self._decision is None else self._decision.sequence_number
-        return Subscribe(session_id=self.session_id, mode=self.mode, reports_played=self._reports_played, last_decision=last)
+        return request(
+            Subscribe, session_id=self.session_id, mode=self.mode, reports_played=self._reports_played, last_decision=last
+        )
 
     def _send_outbox(self) -> None:
         while self._outbox:

@@ -161,14 +161,18 @@ class Journal:
         Raises
         ------
         JournalError
-            The disk failed. What was appended since the last sync may be lost, and the journal takes no more: after a failed
-            sync the kernel may have dropped the pages.
+            The disk failed, or the file was deleted. What was appended since the last sync may be lost, and the journal takes no
+            more: after a failed sync the kernel may have dropped the pages.
         """
         try:
             os.fdatasync(self._descriptor)
+            is_deleted = os.fstat(self._descriptor).st_nlink == 0
         except OSError as error:
             self._broken = True
             raise JournalError(f"Journal {self.path} cannot be made durable: {error.strerror}.") from error
+        if is_deleted:
+            self._broken = True
+            raise JournalError(f"Journal {self.path} was deleted while it was written: what it held is lost with the next restart.")
 
     def read(self, entry: Entry) -> list[bytes]:
         """The frames of a record.

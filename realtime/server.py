@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -304,8 +305,14 @@ def _serve_http(broker: Broker, port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
+    class QuietServer(ThreadingHTTPServer):
+        request_queue_size = 64
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            log.info("a request over HTTP was not answered: %s", sys.exception())
+
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        server = QuietServer(("127.0.0.1", port), Handler)
     except OSError as error:
         raise ScansteerError(f"Cannot listen on http://127.0.0.1:{port}: {error.strerror}.") from error
     threading.Thread(target=server.serve_forever, daemon=True, name="scansteer-http").start()

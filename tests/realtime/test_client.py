@@ -6,9 +6,11 @@ import time
 
 import pytest
 
+from scansteer.core.errors import InputError
 from scansteer.realtime import client as client_module
 from scansteer.realtime.client import Client
 from scansteer.realtime.connection import RefusedError
+from scansteer.realtime.controller import Controller
 
 
 @pytest.fixture
@@ -23,6 +25,29 @@ def wait_until_alone(client: Client, session_id: str) -> None:
     while client.session_status(session_id).controllers and time.monotonic() < deadline:
         client.receive(0.02)
     assert client.session_status(session_id).controllers == 0
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client, scan: client.open(scan, "../x"),
+        lambda client, scan: client.open(scan, "s", n_slices=0),
+        lambda client, scan: client.maps("a b"),
+        lambda client, scan: client.last_decision(""),
+        lambda client, scan: client.close_session("x" * 10_000),
+        lambda client, scan: client.declare_missing("s", []),
+        lambda client, scan: client.control("s", "dance"),
+        lambda client, scan: client.control("s", "exclude"),
+        lambda client, scan: client.subscribe("s", mode="driving"),
+        lambda client, scan: client.played("s", 0, scan.schedule[0].model_copy(update={"b1_ut": -1.0})),
+        lambda client, scan: client.send_image("ü", bytes(300)),
+        lambda client, scan: Controller("../x"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_one_sentence(scan, ask):
+    with Client("tcp://127.0.0.1:9") as client, pytest.raises(InputError, match=r"^[^\n]*field [^\n]*\.$") as caught:
+        ask(client, scan)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_client_that_was_forgotten_takes_part_again_and_gets_what_it_missed(forgetful, scan, make_image, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import zlib
@@ -157,6 +158,18 @@ def test_after_a_failed_sync_nothing_more_is_taken(path, monkeypatch):
     with pytest.raises(JournalError, match="failed before"):
         book.append([b"second"])
     book.close()
+
+
+def test_a_journal_that_was_deleted_takes_nothing_more(path):
+    with contextlib.closing(Journal.create(path)) as opened:
+        opened.append([b"a"])
+        opened.sync()
+        path.unlink()
+        opened.append([b"b"])
+        with pytest.raises(JournalError, match="was deleted"):
+            opened.sync()
+        with pytest.raises(JournalError, match="failed before"):
+            opened.append([b"c"])
 
 
 def test_a_file_that_is_not_a_journal_is_refused_and_left_alone(path):

@@ -79,6 +79,20 @@ def test_metrics_are_prometheus_text(serve_config, run_service, scan, make_image
     assert text.endswith("\n")
 
 
+def test_a_visitor_who_hangs_up_leaves_no_traceback(serve_config, run_service, capsys, caplog):
+    caplog.set_level(logging.INFO, "scansteer.server")
+    port = free_port()
+    run_service(serve_config.model_copy(update={"http_port": port}))
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close with a reset
+        line.sendall(b"GET /" + b"x" * 1000)
+    deadline = time.monotonic() + 10
+    while not any("was not answered" in record.message for record in caplog.records):
+        assert time.monotonic() < deadline
+        fetch(port, "/health")
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_an_occupied_http_port_is_named(serve_config, fake_session):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ScansteerError, match="Cannot listen on http"):
         Server(serve_config.model_copy(update={"http_port": taken.getsockname()[1]}), fake_session)
