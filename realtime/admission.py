@@ -39,6 +39,7 @@ class Peer:
     parameters: dict[str, str] = field(default_factory=dict)
     field_t: float | None = None
     n_slices: int | None = None
+    header_is_readable: bool = True
 
     def take_config_file(self, name: str) -> None:
         self.parameters["config_file"] = name
@@ -54,6 +55,7 @@ class Peer:
     def take_header(self, text: str) -> None:
         """The ISMRMRD header: optional, sometimes invalid; what cannot be understood counts as not said."""
         root = _xml(text)
+        self.header_is_readable = root is not None
         if root is None:
             return
         field_t = _number(root, ".//{*}systemFieldStrength_T")
@@ -69,6 +71,8 @@ class Choice(NamedTuple):
     scan: Scan
     config: GatewayConfig
     n_slices: int
+    remarks: tuple[str, ...] = ()
+    """What was assumed where the peer said nothing that is understood, a sentence each."""
 
 
 def choose(peer: Peer, config: GatewayConfig) -> Choice:
@@ -91,7 +95,7 @@ def choose(peer: Peer, config: GatewayConfig) -> Choice:
         raise InputError(
             f"The images come from {peer.field_t:g} T, but scan {scan.name!r} is for {scan.field_t:g} T; choose another."
         )
-    return Choice(scan, merged, merged.n_slices or peer.n_slices or 1)
+    return Choice(scan, merged, merged.n_slices or peer.n_slices or 1, _remarks(peer, merged))
 
 
 class Admitted(NamedTuple):
@@ -206,6 +210,17 @@ def _choose_scan(parameters: Mapping[str, str], config: GatewayConfig) -> Scan:
         return load(config.scan)
     named = next((parameters[name] for name in _NAMING if parameters.get(name)), "")
     return _unknown(named, config)
+
+
+def _remarks(peer: Peer, config: GatewayConfig) -> tuple[str, ...]:
+    named = [peer.parameters[name] for name in _NAMING if peer.parameters.get(name, "").strip()]
+    remarks = []
+    if named and all(_find_scan(name, config) is None for name in named):
+        names = ", ".join(repr(name[:64]) for name in named)
+        remarks.append(f"No scan is called {names}: the gateway's own is used, {config.scan}.")
+    if not peer.header_is_readable:
+        remarks.append("The MRD header is not XML: neither the field strength nor the number of slices could be checked.")
+    return tuple(remarks)
 
 
 def _find_scan(name: str, config: GatewayConfig) -> Scan | None:

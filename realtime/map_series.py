@@ -52,8 +52,13 @@ class Heads:
         return [head for _, head in sorted(self._by_repetition.get(repetition, {}).items())]
 
 
-def map_frames(maps: MapSet, heads: Heads, scan_name: str, first_series: int) -> list[bytes]:
+def map_frames(maps: MapSet, heads: Heads, scan_name: str, first_series: int, n_earlier: int = 0) -> list[bytes]:
     """IMAGE messages of the maps: a series for each, an image for each slice, the header copied from the input's.
+
+    Parameters
+    ----------
+    n_earlier
+        How many sets of maps went before: `image_index` counts on within each series.
 
     Returns
     -------
@@ -65,7 +70,7 @@ def map_frames(maps: MapSet, heads: Heads, scan_name: str, first_series: int) ->
         values = np.nan_to_num(array, nan=0.0).astype("<f4")
         depth = values.shape[0] // max(len(slices), 1)
         for index, head in enumerate(slices):
-            header = _map_header(head.header, first_series + number, index)
+            header = _map_header(head.header, first_series + number, n_earlier * len(slices) + index)
             text = _map_meta(name, head.history, maps, scan_name).encode("utf-8")
             header.attribute_string_len = len(text)
             part = values[index * depth : (index + 1) * depth]

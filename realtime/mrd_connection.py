@@ -92,9 +92,12 @@ def text_frame(text: str, dialect: Dialect) -> bytes | None:
 
 
 def failure_frame(text: str, dialect: Dialect) -> bytes:
-    """How a dialect says that something failed: ERROR in gadgetron, TEXT in fire."""
+    """How a dialect says that something failed: TEXT in fire; in gadgetron ERROR and CLOSE, and nothing can follow.
+
+    Gadgetron sends no image after an ERROR, and reports it when the CLOSE comes.
+    """
     if dialect == "gadgetron":
-        return _counted(ERROR, text.encode("utf-8"), 8)
+        return _counted(ERROR, text.encode("utf-8"), 8) + close_frame()
     return _counted(TEXT, f"ERROR {text}".encode() + b"\0", 4)
 
 

@@ -63,9 +63,14 @@ class Reconstruction:
         self._rules: ImageRules | None = None
         self._uplink: Uplink | None = None
         self._refused = False
+        self._refusal = ""
+        """Said at the end, where the dialect allows nothing after it."""
         self._has_header = False
         self._said: set[str] = set()
         self._heads = Heads()
+        self._n_map_sets = 0
+        self._last_mapped: int | None = None
+        """Number of the decision that the last maps belong to."""
         self._side_images: list[Admitted] = []
         """Maps and masks that came before the first image: a session that takes the place of an empty one needs them, too."""
         peer.settimeout(config.idle_timeout_s)
@@ -81,7 +86,7 @@ class Reconstruction:
             self._outlet.put(failure_frame(str(error), self._dialect))
             closed = False
         except (Ended, OSError) as error:
-            log.warning("connection ended without CLOSE: %s", error or "the peer is gone")
+            log.warning("connection ended without CLOSE: %s", str(error) or "the peer is gone")
             closed = False
         except Exception:  # a mistake of ours must not leave the peer waiting for ever
             log.exception("a connection failed")
@@ -138,7 +143,9 @@ class Reconstruction:
         """Let an image take part in the session, if it does; it has been passed back already."""
         if self._refused or not self._is_open():
             return
-        assert self._rules is not None and self._uplink is not None
+        assert self._choice is not None and self._rules is not None and self._uplink is not None
+        for remark in self._choice.remarks:
+            self._say(remark)
         try:
             verdict = self._rules.admit(body)
         except InputError as error:
@@ -176,7 +183,11 @@ class Reconstruction:
     def _refuse(self, error: InputError) -> None:
         self._refused = True
         log.warning("images only pass: %s", error)
-        self._outlet.put(failure_frame(f"{error} The images only pass.", self._dialect))
+        sentence = f"{error} The images only pass."
+        if self._dialect == "gadgetron":  # it stops sending images once it hears of a failure
+            self._refusal = sentence
+        else:
+            self._outlet.put(failure_frame(sentence, self._dialect))
 
     def _begin_early(self) -> None:
         """Compile while the scanner plays the first repetition: begin when the peer pauses after its header.
@@ -250,8 +261,12 @@ class Reconstruction:
 
     def _send_maps(self, maps: MapSet) -> None:
         assert self._choice is not None
-        for frame in map_frames(maps, self._heads, self._choice.scan.name, self._config.map_series):
+        if maps.decision.sequence_number == self._last_mapped:
+            return  # the end of the scan came with the last of every so many images
+        self._last_mapped = maps.decision.sequence_number
+        for frame in map_frames(maps, self._heads, self._choice.scan.name, self._config.map_series, self._n_map_sets):
             self._outlet.put(frame)
+        self._n_map_sets += 1
 
     def _finish(self, closed: bool) -> None:
         uplink = self._uplink
@@ -261,7 +276,7 @@ class Reconstruction:
                 self._wait_for_maps(uplink)
             uplink.give_up_in(self._config.catch_up_s)
         if closed:
-            self._outlet.put(close_frame())
+            self._outlet.put(failure_frame(self._refusal, self._dialect) if self._refusal else close_frame())
         self._outlet.finish()
         with contextlib.suppress(OSError):
             self._peer.shutdown(socket.SHUT_WR)

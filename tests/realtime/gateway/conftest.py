@@ -105,6 +105,8 @@ class Peer:
                     n_meta = struct.unpack("<Q", head[198:])[0]
                     self.images.append(head + exactly(n_meta + size * int(np.prod(image.matrix_size, dtype=np.int64))))
                 elif identifier in (TEXT, ERROR):
+                    if identifier == ERROR:
+                        self.socket.shutdown(socket.SHUT_WR)  # Gadgetron sends nothing more once it is told of a failure
                     length = struct.unpack("<I" if identifier == TEXT else "<Q", exactly(4 if identifier == TEXT else 8))[0]
                     text = exactly(length)
                     assert text.endswith(b"\0") == (identifier == TEXT)

@@ -19,7 +19,7 @@ SCAN = "larg-phantom-9.4T"
 
 def test_options_and_scan_come_in_openrecons_text(fire, make_image):
     fire.begin("openrecon", text={"version": "1.0", "parameters": {"config": "other", "customconfig": SCAN, "maps_every": "3"}})
-    for repetition in range(3):
+    for repetition in range(4):
         fire.send_image(make_image(repetition))
     fire.end()
     assert len(fire.maps()["fs_map"]) == 2
@@ -31,20 +31,42 @@ def test_gadgetrons_properties_are_understood(gateway, make_image, connect_peer)
         f'<configuration><property name="scan" value="{SCAN}"/>'
         "<property><name>maps_every</name><value>1</value></property></configuration>"
     )
-    peer.send_image(make_image(0))
+    for repetition in range(2):
+        peer.send_image(make_image(repetition))
     peer.end()
     assert len(peer.maps()["fs_map"]) == 2
 
 
 def test_an_unknown_scan_is_named_and_the_images_pass(peer, make_image):
-    image = make_image(0)
+    images = [make_image(repetition) for repetition in range(2)]
     peer.begin("<configuration><scan>nowhere</scan></configuration>" if not peer.fire else "nowhere")
-    peer.send_image(image)
+    for number, image in enumerate(images, start=1):
+        peer.send_image(image)
+        while len(peer.images) < number:
+            assert not peer.closed.wait(0.01)
+    assert peer.errors == []  # Gadgetron sends no more images after one
     peer.end()
-    assert peer.images == [image]
+    assert peer.images == images
     said = (peer.texts if peer.fire else peer.errors)[0]
     assert "nowhere" in said
     assert SCAN in said
+
+
+def test_a_configuration_name_that_means_nothing_is_said_where_the_gateways_scan_is_used(service, run_gateway, make_image, connect_peer):
+    peer = connect_peer(run_gateway(service.endpoint, scan=SCAN), fire=True)
+    peer.begin("invertcontrast")
+    peer.send_image(make_image(0))
+    peer.end()
+    assert any("'invertcontrast'" in text and SCAN in text for text in peer.texts)
+    assert peer.maps()
+
+
+def test_an_mrd_header_that_is_no_xml_is_said(fire, make_image):
+    fire.begin(header="Dummy XML header")
+    fire.send_image(make_image(0))
+    fire.end()
+    assert any("header is not XML" in text for text in fire.texts)
+    assert fire.maps()
 
 
 def test_a_peer_cannot_name_a_file(fire, make_image, tmp_path, scan):

@@ -54,10 +54,22 @@ def test_maps_come_every_so_many_images(service, run_gateway, make_image, connec
     gateway = run_gateway(service.endpoint, maps_every=2)
     peer = connect_peer(gateway, fire=True)
     peer.begin()
+    for repetition in range(3):
+        peer.send_image(make_image(repetition))
+    peer.end()
+    maps = peer.maps()["fs_map"]
+    assert [json.loads(image.meta["ScansteerDecision"])["n_images"] for image in maps] == [2, 3]
+    assert [image.image_index for image in maps] == [1, 2]
+
+
+def test_maps_of_the_last_image_come_once(service, run_gateway, make_image, connect_peer):
+    gateway = run_gateway(service.endpoint, maps_every=2)
+    peer = connect_peer(gateway, fire=True)
+    peer.begin()
     for repetition in range(4):
         peer.send_image(make_image(repetition))
     peer.end()
-    assert [json.loads(image.meta["ScansteerDecision"])["n_images"] for image in peer.maps()["fs_map"]] == [2, 4, 4]
+    assert [json.loads(image.meta["ScansteerDecision"])["n_images"] for image in peer.maps()["fs_map"]] == [2, 4]
 
 
 def test_acquisitions_and_waveforms_are_skipped_correctly(fire, make_image):
