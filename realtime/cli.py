@@ -226,12 +226,13 @@ def scans_check(file: str) -> None:
 def sessions_list(config: Annotated[Path | None, typer.Option(help="YAML of the service.")] = None) -> None:
     """Stored sessions."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from scansteer.realtime.sessions import list_sessions
 
-    table = Table("session", "scan", "state", "images", "bytes")
-    for stored in list_sessions(_data_dir(config)):
+    folder = _data_dir(config)
+    table = Table(Column("session", overflow="fold", min_width=32), "scan", "state", "images", "bytes", title=f"Sessions in {folder}")
+    for stored in list_sessions(folder):
         state = "damaged" if stored.damaged else "closed" if stored.closed else "open"
         table.add_row(stored.session_id, stored.scan, state, str(stored.n_images), str(stored.n_bytes))
     Console().print(table)
@@ -346,14 +347,15 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:  # the last door: whatever it is, the user gets a sentence
         if hasattr(error, "format_message"):  # click's usage errors, of whichever copy of click typer carries
-            _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+            _fail(error.format_message(), 2)  # type: ignore[attr-defined]  # empty where help was shown instead
         if os.environ.get("SCANSTEER_TRACEBACK"):
             raise
         _fail(f"Unexpected {type(error).__name__}: {error}. Set SCANSTEER_TRACEBACK=1 to see where.", 1)
 
 
 def _fail(sentence: str, code: int) -> None:
-    print(f"scansteer: {sentence}", file=sys.stderr)
+    if sentence:
+        print(f"scansteer: {sentence}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -83,17 +83,18 @@ class Here:
 class Remote:
     """A session at a service that already runs."""
 
+    READY_TIMEOUT_S = 600.0
     DECISION_TIMEOUT_S = 60.0
 
-    def __init__(self, setup: Setup, endpoint: str) -> None:
-        self._client = Client(endpoint)
+    def __init__(self, setup: Setup, client: Client) -> None:
+        self._client = client
         side = dict(setup.auxiliaries) | ({"mask": setup.region} if setup.region is not None else {})
         self._session_id = self._client.open(
             setup.scan, setup.session_id, n_auxiliary=len(side), region_names=setup.region_names, use_encoder=setup.use_encoder
         )
         for role, frame in side.items():
             self._client.send_image(self._session_id, encode_frame(replace(frame, role=role)), role=role)  # type: ignore[arg-type]
-        self._client.wait_ready(self._session_id)
+        self._client.wait_ready(self._session_id, self.READY_TIMEOUT_S)
         self._seen = -1
 
     def decide(self, image: StoredImage) -> Decision:
@@ -110,9 +111,7 @@ class Remote:
         return self._client.maps(self._session_id)
 
     def finish(self) -> dict[str, Any]:
-        summary = self._client.close_session(self._session_id)
-        self._client.disconnect()
-        return summary
+        return self._client.close_session(self._session_id)
 
 
 def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
@@ -129,13 +128,16 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
     if options.connect is not None and options.encoder not in (None, "none"):
         raise InputError(f"--encoder {options.encoder} with --connect: the service uses its own; give the file to `scansteer serve`.")
     with open_source(path) as source, ExitStack() as stack:
-        warnings = [*check_against(source, scan), *source.warnings]
+        warnings = [*check_against(source, scan, options.images), *source.warnings]
         for warning in warnings:
             console.print(f"[yellow]Warning:[/yellow] {warning}", highlight=False)
         setup = _setup(source, scan, options)
         log = stack.enter_context(DecisionLog(out / "decisions.jsonl"))
         with console.status("compiling and simulating the schedule"):
-            runner: Runner = Here(setup, options.encoder) if options.connect is None else Remote(setup, options.connect)
+            if options.connect is None:
+                runner: Runner = Here(setup, options.encoder)
+            else:
+                runner = Remote(setup, stack.enter_context(Client(options.connect)))
         recorder = Recorder(scan)
         troubles, maps_at = _stream(source, runner, scan, log, recorder, options, console)
         maps = runner.maps() if log.decisions else {}

@@ -198,8 +198,13 @@ def open_source(path: str | Path) -> Source:
         raise
 
 
-def check_against(source: Source, scan: Scan) -> list[str]:
+def check_against(source: Source, scan: Scan, n_wanted: int | None = None) -> list[str]:
     """Compare a stored scan with the description it is to be read with.
+
+    Parameters
+    ----------
+    n_wanted
+        How many of its images are to be used; a scan that was ended early may be as short as that.
 
     Returns
     -------
@@ -218,10 +223,11 @@ def check_against(source: Source, scan: Scan) -> list[str]:
         matrix = by(first.frame.geometry.matrix)
         raise InputError(f"{path} has a matrix of {matrix}, but {named} is for {by(scan.matrix)}; choose another --scan.")
     n_planned = len(scan.schedule)
-    if source.n_images != n_planned and not (source.is_cut and source.n_images < n_planned):
+    is_enough = source.is_cut or (n_wanted is not None and n_wanted <= source.n_images)
+    if source.n_images != n_planned and not (is_enough and source.n_images < n_planned):
         raise InputError(
             f"{path} has images of {source.n_images} repetitions, but the schedule of {named} has {n_planned}; "
-            f"choose another --scan or adapt its schedule."
+            f"choose another --scan or adapt its schedule; a scan that was ended early is replayed with --images {source.n_images}."
         )
     return _soft_differences(source.header, scan)
 

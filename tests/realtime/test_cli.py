@@ -19,8 +19,10 @@ from scansteer.protocols.larg_phantom import PUBLISHED
 from scansteer.protocols.scan import Auxiliary, Scan, to_yaml
 from scansteer.realtime import cli
 from scansteer.realtime.config import ServeConfig
+from scansteer.realtime.connection import ServiceSilentError
 from scansteer.realtime.server import Server
 from scansteer.realtime.session import Session
+from scansteer.realtime.sessions import StoredSession
 from scansteer.simulators.phantom import Magnet, three_vials
 
 N = 4
@@ -162,6 +164,51 @@ def test_scan_files_make_the_round_trip(monkeypatch, capsys, tmp_path):
     assert "30 images" in out
     assert json.loads(run(monkeypatch, capsys, "scans", "show", "--schema")[1])["title"] == "Scan"
     assert "larg-phantom-9.4T" in run(monkeypatch, capsys, "scans", "list")[1]
+
+
+def test_no_command_shows_the_commands_and_says_nothing_else(monkeypatch, capsys):
+    code, out, error = run(monkeypatch, capsys)
+    assert code == 2
+    assert "replay" in out
+    assert error == ""
+
+
+def test_sessions_are_listed_with_their_whole_names_however_narrow_the_terminal(monkeypatch, capsys, tmp_path):
+    name = "0123456789abcdef" * 2
+    stored = StoredSession(name, "larg-phantom-9.4T-wide", n_images=1, n_decisions=1, n_bytes=313150, closed=True, modified=0.0, damaged=False)
+    monkeypatch.setattr("scansteer.realtime.sessions.list_sessions", lambda folder: [stored])
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.chdir(tmp_path)
+    out = run(monkeypatch, capsys, "sessions", "list")[1]
+    assert name in out
+    assert "scansteer-sessions" in out
+
+
+def test_a_replay_that_the_service_fails_leaves_no_connection(monkeypatch, capsys, folder, tmp_path):
+    left = []
+
+    class Silent:
+        def __init__(self, endpoint):
+            self.endpoint = endpoint
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            left.append(self.endpoint)
+
+        def disconnect(self):
+            left.append(self.endpoint)
+
+        def open(self, *_, **__):
+            raise ServiceSilentError("There is no connection.")
+
+    monkeypatch.setattr("scansteer.realtime.replay.Client", Silent)
+    place = "tcp://127.0.0.1:1"
+    options = ("replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out", tmp_path, "--connect", place)
+    code, _, error = run(monkeypatch, capsys, *options)
+    assert (code, left) == (1, [place])
+    assert "no connection" in error
 
 
 def test_replay_through_a_service_gives_the_same_answers(monkeypatch, capsys, folder, tmp_path):

@@ -241,6 +241,15 @@ def test_a_file_of_another_scan_is_refused(tmp_path: Path, change: dict, expecte
         check_against(source, SCAN)
 
 
+def test_a_scan_that_was_ended_early_is_taken_where_no_more_images_are_wanted(tmp_path: Path) -> None:
+    with open_source(matching(tmp_path, n_images=12)) as source:
+        assert check_against(source, SCAN, 12) == []
+        with pytest.raises(InputError, match="--images 12"):
+            check_against(source, SCAN)
+        with pytest.raises(InputError, match="12 repetitions"):
+            check_against(source, SCAN, 13)
+
+
 def test_other_flip_angle_and_repetition_time_are_warned_about(tmp_path: Path) -> None:
     xml = XML.replace(b"<TR>4000", b"<TR>3500").replace(b"_deg>60", b"_deg>90")
     with open_source(matching(tmp_path, xml=xml)) as source:
