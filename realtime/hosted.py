@@ -254,7 +254,9 @@ class HostedSession:
                 if self.state == "opening" and self._n_builds_done == self._n_builds:
                     self.state = "ready"
             case Failed(reason=reason):
-                self.state, self.reason = "failed", reason
+                self.reason = reason
+                if self.state not in ("closing", "closed"):  # those are final: closing twice would close another session's file
+                    self.state = "failed"
                 self.warn(reason)
             case Warned(reason=reason):
                 self.warn(reason)

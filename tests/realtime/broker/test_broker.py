@@ -99,6 +99,26 @@ def test_a_session_that_breaks_fails_alone(serve_config, fake_session, opening, 
     stage.broker.close()
 
 
+def test_a_session_that_fails_while_it_is_closed_is_closed_once(serve_config, fake_session, opening, make_image, kinds, make_stage, caplog):
+    class Breaking(fake_session):
+        def absorb(self, frame, **options):
+            raise ZeroDivisionError
+
+    stage = make_stage(serve_config, Breaking)
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    closing = Close(session_id="s", request_id=7)
+    stage.say(closing)
+    name, last_job = stage.jobs.pop()
+    stage.work()
+    assert stage.broker.status().sessions[0].state == "closing"
+    stage.say(closing)
+    stage.jobs.append((name, last_job))
+    assert kinds(stage.work()) == ["closed"]
+    assert kinds(stage.image("s", make_image(1))) == ["refused"]
+    stage.broker.close()
+
+
 def test_what_cannot_be_passed_on_is_refused_and_ends_nothing(serve_config, fake_session, opening, make_image, kinds, make_stage, caplog):
     class Odd(fake_session):
         def maps(self):
