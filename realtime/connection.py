@@ -19,7 +19,7 @@ from scansteer.core.errors import InputError, ScansteerError
 from scansteer.realtime.auth import check_endpoint_form, protect_client
 from scansteer.realtime.codec import Bytes, ProtocolError, decode, encode
 from scansteer.realtime.config import DEFAULT_ENDPOINT, Keys
-from scansteer.realtime.messages import Refused, WireMessage
+from scansteer.realtime.messages import Ping, Refused, WireMessage
 
 Reply = TypeVar("Reply", bound=WireMessage)
 
@@ -58,6 +58,8 @@ class Connection:
             After this time without an answer the request is sent again.
         """
         self.timeout_s = timeout_s
+        self.heard_at = -math.inf
+        """When the service last said anything (`time.monotonic()`); during long waits it is asked for a sign of life."""
         self._resend_s = resend_s
         self._numbers = itertools.count(1)
         self._notices: deque[WireMessage] = deque(maxlen=_MAX_NOTICES)
@@ -121,8 +123,8 @@ class Connection:
         self, number: int, reply: type[Reply], frames: list[Bytes] | None, timeout_s: float | None
     ) -> tuple[Reply, Sequence[Bytes]]:
         """Wait for the answer to a request, sending `frames` now and whenever nothing came for a while."""
-        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-        send_at = time.monotonic()
+        started = send_at = time.monotonic()
+        deadline = started + (self.timeout_s if timeout_s is None else timeout_s)
         self._awaited.add(number)
         try:
             while number not in self._answers:
@@ -130,6 +132,8 @@ class Connection:
                 if now >= deadline:
                     raise ServiceSilentError("The service did not answer in time; keep to the approved schedule.")
                 if frames is not None and now >= send_at:
+                    if send_at > started:  # the answer may take its time, but is the service there?
+                        self._send(encode(Ping(request_id=next(self._numbers))), deadline)
                     self._send(frames, deadline)
                     send_at = now + self._resend_s
                 self._pump(max(0.0, min(deadline, send_at if frames is not None else deadline) - time.monotonic()))
@@ -169,6 +173,7 @@ class Connection:
             message, bodies = decode(self._socket.recv_multipart(zmq.NOBLOCK))
         except (zmq.Again, ProtocolError):
             return True
+        self.heard_at = time.monotonic()
         self._take(message, bodies)
         return True
 

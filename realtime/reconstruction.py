@@ -235,7 +235,8 @@ class Reconstruction:
             rules.expect_volumes()
 
     def _make_client(self) -> Client:
-        return Client(self._config.endpoint, keys=self._config.keys, timeout_s=self._config.service_timeout_s)
+        timeout_s = self._config.service_timeout_s
+        return Client(self._config.endpoint, keys=self._config.keys, timeout_s=timeout_s, resend_s=timeout_s / 2)
 
     def _read_exactly(self, count: int) -> bytes:
         """So many bytes, in memory that grows with what really comes: a length that is only announced costs nothing."""
@@ -271,10 +272,12 @@ class Reconstruction:
     def _finish(self, closed: bool) -> None:
         uplink = self._uplink
         if uplink is not None:
+            if not closed:
+                uplink.give_up_in(self._config.catch_up_s)
             uplink.finish()
             if closed:
                 self._wait_for_maps(uplink)
-            uplink.give_up_in(self._config.catch_up_s)
+                uplink.give_up_in(self._config.catch_up_s)
         if closed:
             self._outlet.put(failure_frame(self._refusal, self._dialect) if self._refusal else close_frame())
         self._outlet.finish()
@@ -296,7 +299,7 @@ class Reconstruction:
         here_at = started
         while not uplink.done.wait(_WAIT_S):
             now = time.monotonic()
-            here_at = here_at if uplink.is_away else now
+            here_at = here_at if uplink.is_away else max(here_at, uplink.heard_at)
             if now - started > self._config.finish_timeout_s or now - here_at > 2 * self._config.service_timeout_s:
                 log.warning(
                     "session %s: the maps are not there in time; the connection is closed without them", uplink.session_id

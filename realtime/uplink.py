@@ -71,6 +71,7 @@ class Uplink:
         self._repetitions: set[int] = set()
         self._next_repetition = 0
         self._slices: dict[int, set[int]] = {}
+        self._client: Client | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="scansteer-uplink")
         self._thread.start()
 
@@ -78,6 +79,11 @@ class Uplink:
     def n_kept_bytes(self) -> int:
         """Of images that the service has not taken yet."""
         return self._n_put_bytes - self._n_taken_bytes  # each is counted by one thread
+
+    @property
+    def heard_at(self) -> float:
+        """When the service last said anything, `time.monotonic()`."""
+        return -float("inf") if self._client is None else self._client.heard_at
 
     def put(self, image: Admitted) -> None:
         """Hand an image over; once the session has ended (the service refused it), nothing is kept."""
@@ -105,6 +111,7 @@ class Uplink:
     def _run(self) -> None:
         try:
             with self._make_client() as client:
+                self._client = client
                 self._deliver(client)
         except (ScansteerError, InputError) as error:
             log.error("session %s: %s", self.session_id, error)
@@ -177,6 +184,8 @@ class Uplink:
         return before < self._choice.n_slices == len(slices)
 
     def _fetch_maps(self, client: Client) -> None:
+        if self._is_unheeded:
+            return
         self._wait_for_posterior(client)
 
         def fetch() -> MapSet:
@@ -187,9 +196,14 @@ class Uplink:
         if maps is not None:
             self._send_maps(maps)
 
+    @property
+    def _is_unheeded(self) -> bool:
+        """The connection has ended: nobody waits for maps."""
+        return self._give_up_at < float("inf")
+
     def _wait_for_posterior(self, client: Client) -> None:
         """Return when the posterior has nothing left to do; a service that goes away meanwhile is noticed."""
-        while not self._abandoned.is_set():
+        while not (self._abandoned.is_set() or self._is_unheeded):
             status = self._persist(lambda: client.session_status(self.session_id))
             if status is None or status.n_jobs == 0:
                 return

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 
 import numpy as np
+import pytest
 
 from scansteer.realtime import journal
 from scansteer.realtime.client import Client
@@ -137,3 +139,51 @@ def test_nothing_is_kept_for_a_session_that_the_service_refused(run_service, run
         peer.end()
     assert peer.images == [make_image(0), make_image(1)]
     assert uplink.n_kept_bytes == kept
+
+
+@pytest.fixture
+def slow_maps(fake_session):
+    """Maps are being made; let them be finished; the session that makes them."""
+    making, go_on = threading.Event(), threading.Event()
+
+    class Slow(fake_session):
+        def maps(self):
+            making.set()
+            go_on.wait(60)
+            return super().maps()
+
+    return making, go_on, Slow
+
+
+def test_a_service_that_dies_while_it_makes_maps_does_not_hold_close_up(
+    run_service, run_gateway, serve_config, slow_maps, connect_peer, make_image
+):
+    making, go_on, slow = slow_maps
+    service = run_service(serve_config, slow)
+    peer = connect_peer(run_gateway(service.endpoint), fire=True)
+    peer.begin()
+    peer.send_image(make_image(0))
+    peer.send(4)
+    try:
+        assert making.wait(20)
+        service.server.stop()
+        assert peer.closed.wait(20)
+    finally:
+        go_on.set()
+    assert peer.images == [make_image(0)]
+
+
+def test_maps_that_take_longer_than_a_silent_service_is_waited_for_still_come(
+    run_service, run_gateway, serve_config, slow_maps, connect_peer, make_image
+):
+    making, go_on, slow = slow_maps
+    service = run_service(serve_config, slow)
+    peer = connect_peer(run_gateway(service.endpoint), fire=True)
+    peer.begin()
+    peer.send_image(make_image(0))
+    peer.send(4)
+    assert making.wait(20)
+    assert not peer.closed.wait(1.5)  # longer than a silent service is waited for here
+    go_on.set()
+    assert peer.closed.wait(20)
+    assert set(peer.maps()) == {"fs_map", "fs_lower", "fs_upper", "nrmse"}
