@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from scansteer.core.errors import InputError
@@ -67,7 +68,11 @@ class Gateway:
                 log.error("cannot accept a connection: %s", error)
                 self._stopping.wait(_WAIT_S)
                 continue
-            self._welcome(peer)
+            try:
+                self._welcome(peer)
+            except (OSError, RuntimeError) as error:  # the peer is gone already; no thread can be started
+                log.error("cannot serve a connection: %s", error)
+                peer.close()
         self._end()
 
     def stop(self) -> None:
@@ -84,7 +89,13 @@ class Gateway:
                 return
             connection = Reconstruction(peer, self.config, self._adopt)
             self._connections.add(connection)
-        threading.Thread(target=self._serve, args=(connection,), daemon=True, name="scansteer-connection").start()
+        try:
+            threading.Thread(target=self._serve, args=(connection,), daemon=True, name="scansteer-connection").start()
+        except RuntimeError:
+            with self._lock:
+                self._connections.discard(connection)
+            connection.turn_away()
+            raise
 
     def _serve(self, connection: Reconstruction) -> None:
         try:
@@ -101,15 +112,26 @@ class Gateway:
             self._uplinks.add(uplink)
 
     def _end(self) -> None:
+        """End the connections; what they have sent is delivered, if the service takes it in reasonable time."""
         self._listener.close()
         with self._lock:
-            connections, uplinks = list(self._connections), list(self._uplinks)
-        for connection in connections:
-            connection.break_off()
+            for connection in self._connections:
+                connection.break_off()
+        deadline = time.monotonic() + 2 * self.config.service_timeout_s
+        while self._is_busy() and time.monotonic() < deadline:
+            time.sleep(_WAIT_S)
+        with self._lock:
+            uplinks = list(self._uplinks)
         for uplink in uplinks:
+            if uplink.n_kept_bytes and not uplink.done.is_set():
+                log.warning("session %s: %d bytes of images were not delivered", uplink.session_id, uplink.n_kept_bytes)
             uplink.abandon()
         for uplink in uplinks:
             uplink.join(2 * self.config.service_timeout_s)
+
+    def _is_busy(self) -> bool:
+        with self._lock:
+            return bool(self._connections) or not all(uplink.done.is_set() for uplink in self._uplinks)
 
 
 def serve(config: GatewayConfig, *, on_started: Callable[[Gateway], None] | None = None) -> None:

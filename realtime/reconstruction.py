@@ -99,6 +99,11 @@ class Reconstruction:
         with contextlib.suppress(OSError):
             self._peer.shutdown(socket.SHUT_RDWR)
 
+    def turn_away(self) -> None:
+        """In place of `run`: end the connection at once."""
+        self._outlet.finish()
+        self._peer.close()
+
     # Coming in.
 
     def _follow(self) -> bool:
@@ -195,8 +200,9 @@ class Reconstruction:
         What cannot be understood yet may still be said; the first image ends that.
         """
         if self._has_header and self._uplink is None and not self._refused:
-            ready, _, _ = select.select([self._peer], [], [], _PAUSE_S)
-            if not ready:
+            waiting = select.poll()  # `select` takes no descriptor over 1023
+            waiting.register(self._peer, select.POLLIN)
+            if not waiting.poll(_PAUSE_S * 1000):
                 with contextlib.suppress(InputError):
                     self._begin(choose(self._about, self._config))
 

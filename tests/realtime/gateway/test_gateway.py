@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import threading
+
 import pytest
 
 from scansteer.core.errors import InputError
@@ -37,3 +41,57 @@ def test_an_address_open_to_others_needs_leave():
 def test_a_wrong_scan_of_its_own_is_named_at_the_start():
     with pytest.raises(InputError, match="Unknown scan"):
         Gateway(GatewayConfig(port=0, scan="nowhere"))
+
+
+def test_a_connection_that_cannot_be_served_ends_no_other(gateway, connect_peer, make_image, monkeypatch):
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "scansteer-connection":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", refuse)
+        refused = connect_peer(gateway, fire=True)
+        assert refused.closed.wait(20)
+    served = connect_peer(gateway, fire=True)
+    served.begin()
+    served.send_image(make_image(0))
+    served.end()
+    assert served.passed() == [make_image(0)]
+
+
+def test_a_connection_may_have_a_descriptor_beyond_those_that_select_takes(run_gateway, service, connect_peer, make_image):
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2000:
+        pytest.skip("not so many files may be open here")
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        peer = connect_peer(run_gateway(service.endpoint), fire=True)
+        peer.begin()
+        peer.send_image(make_image(0))
+        peer.end()
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+    assert len(peer.maps()) == 4
+
+
+def test_a_gateway_that_is_stopped_delivers_what_it_has(run_service, serve_config, run_gateway, connect_peer, make_image, tmp_path):
+    endpoint = f"ipc://{tmp_path}/late"
+    gateway = run_gateway(endpoint)
+    peer = connect_peer(gateway, fire=True)
+    images = [make_image(repetition) for repetition in range(20)]
+    peer.begin()
+    for image in images:
+        peer.send_image(image)
+    while len(peer.images) < len(images):
+        assert not peer.closed.wait(0.01)
+    gateway.stop()
+    service = run_service(serve_config.model_copy(update={"endpoint": endpoint}))
+    assert peer.closed.wait(20)
+    (uplink,) = gateway._uplinks
+    assert uplink.done.wait(20)
+    with Client(service.endpoint) as client:
+        (session,) = client.status().sessions
+    assert session.n_accepted == len(images)
