@@ -26,6 +26,8 @@ HEADER_BYTES = ctypes.sizeof(ismrmrd.ImageHeader)
 MAX_VOXELS = 2**24
 """Matrix x channels that is accepted unless the caller says otherwise (a 256 x 256 x 256 volume)."""
 MAX_META_BYTES = 2**20
+FAINTEST, BRIGHTEST = 1e-12, 1e12
+"""Largest pixel of an image: sums of squares of squares stay finite in double precision, sums of squares in single."""
 
 DTYPES = {1: "<u2", 2: "<i2", 3: "<u4", 4: "<i4", 5: "<f4", 6: "<f8", 7: "<c8", 8: "<c16"}
 """NumPy type of each MRD `data_type`; 4 is int32 in the standard although ismrmrd-python maps it to int64."""
@@ -221,13 +223,18 @@ def check_usable(frame: Frame) -> None:
     Raises
     ------
     InputError
-        A pixel is NaN or infinite, or all are zero.
+        A pixel is NaN or infinite, or all are zero, or so large or small that their products leave the range of numbers.
     """
     n_bad = int(np.count_nonzero(~np.isfinite(frame.pixels)))
     if n_bad:
         raise InputError(f"The image of repetition {frame.repetition} has {n_bad} NaN or infinite pixels; it is not used.")
-    if not frame.pixels.any():
+    largest = float(np.max(np.abs(frame.pixels)))
+    if largest == 0:
         raise InputError(f"The image of repetition {frame.repetition} is zero everywhere; it is not used.")
+    if not FAINTEST <= largest <= BRIGHTEST:
+        raise InputError(
+            f"The image of repetition {frame.repetition} has pixels of up to {largest:g}; {FAINTEST:g} to {BRIGHTEST:g} can be used, rescale it."
+        )
 
 
 def image_message(

@@ -189,6 +189,16 @@ def test_empty_and_not_finite_pictures_are_not_usable() -> None:
     check_usable(decode_frame(image_message(PIXELS)))
 
 
+@pytest.mark.parametrize(("largest", "usable"), [(1e300, False), (3e38, False), (9e11, True), (2e-12, True), (1e-45, False), (1e-300, False)])
+def test_pixels_whose_products_leave_the_range_of_numbers_are_refused(largest, usable) -> None:
+    frame = decode_frame(image_message(PIXELS / PIXELS.max() * largest, repetition=5))
+    if usable:
+        check_usable(frame)
+    else:
+        with pytest.raises(InputError, match=r"repetition 5 has pixels of up to .* rescale it"):
+            check_usable(frame)
+
+
 def test_signalling_nan_is_decoded_without_a_warning() -> None:
     body = bytearray(image_message(PIXELS.astype(np.float32)))
     body[-4:] = b"\x01\x00\x80\x7f"  # a float32 NaN whose quiet bit is not set: converting it raises the invalid flag
