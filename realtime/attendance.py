@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from scansteer.realtime.codec import ProtocolError
-from scansteer.realtime.messages import Command
+from scansteer.realtime.messages import Command, Subscribe
 
 
 class Requester(NamedTuple):
@@ -22,6 +22,9 @@ class Controller:
 
     acting: bool
     last_heard: float
+    controller_id: str = ""
+    user: str = ""
+    """Name of the key that it connected with."""
     acknowledged: int = -1
     """The last decision it has received."""
     answered: int = -1
@@ -57,6 +60,15 @@ class Attendance:
     def interested(self) -> set[bytes]:
         """Whoever sends the images, and the controllers."""
         return {*self.controllers, *([self.source] if self.source is not None else [])}
+
+    def make_way(self, identity: bytes, message: Subscribe, user: str) -> None:
+        """A controller whose line had dropped is back: what its old connection was known by is its new one's."""
+        for name, controller in list(self.controllers.items()):
+            is_same = message.controller_id and (controller.controller_id, controller.user) == (message.controller_id, user)
+            if is_same and name != identity:
+                del self.controllers[name]
+                controller.sent = message.last_decision  # what went into the dead line goes out again
+                self.controllers[identity] = controller
 
     def check_controller(self, identity: bytes, acting: bool, max_controllers: int) -> None:
         """Refuse a second acting controller, and one too many.

@@ -82,6 +82,7 @@ class Client(Connection):
         """As `Connection`."""
         super().__init__(endpoint, keys=keys, timeout_s=timeout_s, resend_s=resend_s)
         self._subscriptions: dict[str, _Subscription] = {}
+        self._controller_id = uuid.uuid4().hex
 
     # Sessions and images.
 
@@ -168,7 +169,14 @@ class Client(Connection):
         The service forgets a controller that says nothing for 5 s (`controller_timeout_s`). Every wait of this client says that it
         is still there, and after a longer silence takes part again: what was decided meanwhile comes then.
         """
-        message = request(Subscribe, session_id=session_id, mode=mode, reports_played=reports_played, last_decision=last_decision)
+        message = request(
+            Subscribe,
+            session_id=session_id,
+            mode=mode,
+            reports_played=reports_played,
+            last_decision=last_decision,
+            controller_id=self._controller_id,
+        )
         self.ask(message, Done)
         self._subscriptions[session_id] = _Subscription(message, time.monotonic())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ class Controller:
         self._outbox: deque[SessionMessage] = deque()
         self._reports: deque[_Report] = deque()
         self._answered = -1
+        self._controller_id = uuid.uuid4().hex
         self._subscription()  # raises now, and not in the thread
         self._client = Client(endpoint, keys=keys, timeout_s=0.5)
         self._thread = threading.Thread(target=self._run, daemon=True, name="scansteer-controller")
@@ -277,7 +279,12 @@ class Controller:
     def _subscription(self) -> Subscribe:
         last = -1 if self._decision is None else self._decision.sequence_number
         return request(
-            Subscribe, session_id=self.session_id, mode=self.mode, reports_played=self._reports_played, last_decision=last
+            Subscribe,
+            session_id=self.session_id,
+            mode=self.mode,
+            reports_played=self._reports_played,
+            last_decision=last,
+            controller_id=self._controller_id,
         )
 
     def _send_outbox(self) -> None:

@@ -138,6 +138,7 @@ SessionId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Counter = Annotated[int, Field(ge=0, le=2**53)]
 Repetition = Annotated[int, Field(ge=0, le=65535)]
 Sentence = Annotated[str, Field(max_length=1000)]
+ControllerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 CommandId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 ImageRole = Literal["image", "t1", "t2", "b0", "b1", "fss", "kssw", "mask"]
 SessionState = Literal["opening", "ready", "failed", "closing", "closed"]
@@ -231,6 +232,9 @@ class Subscribe(SessionMessage):
     reports_played: bool = False
     """Images then wait for the report of what was played; always so when acting."""
     last_decision: Annotated[int, Field(ge=-1, le=2**53)] = -1
+    controller_id: ControllerId = ""
+    """Chosen at random by the controller: connected anew, it takes its own place, and the acting role, back at once. Empty: its old
+    connection has to be found silent first."""
 
 
 class DecisionAck(SessionMessage):

@@ -40,6 +40,7 @@ class Steering:
         acting = message.mode == "acting"
         if acting and session.advice_only:
             raise ProtocolError("not-allowed", "The operator allows advice only in this session.")
+        session.attendance.make_way(request.identity, message, request.user)
         session.attendance.check_controller(request.identity, acting, self._config.limits.max_controllers)
         if (acting or message.reports_played) and not session.waits_or_ended:
             session.apply(message, session.append(request.frames))
@@ -119,6 +120,7 @@ class Steering:
             session.note("controller", mode=message.mode, user=request.user)
             controller = controllers[request.identity] = Controller(acting, now)
         controller.acting, controller.last_heard = acting, now
+        controller.controller_id, controller.user = message.controller_id, request.user
         controller.acknowledged = max(controller.acknowledged, message.last_decision)
         return controller
 

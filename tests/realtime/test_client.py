@@ -90,6 +90,21 @@ def test_a_client_whose_role_was_taken_is_told(forgetful, scan, monkeypatch):
         assert slow.next_decision(0.02) is None
 
 
+def test_a_line_that_drops_does_not_cost_the_acting_role(service, client, connect, scan, make_image, monkeypatch):
+    monkeypatch.setattr(client_module, "_HEARTBEAT_S", 0.02)
+    acting = connect()
+    client.open(scan, "s")
+    acting.subscribe("s", mode="acting")
+    acting._socket.disconnect(service.endpoint)
+    acting._socket.connect(service.endpoint)
+    client.send_image("s", make_image(0))
+    client.played("s", 0, scan.schedule[0])
+    decision = acting.next_decision(3)
+    assert decision is not None and decision.repetition == 0
+    assert list(acting._subscriptions) == ["s"]
+    assert client.session_status("s").controllers == 1
+
+
 def test_a_session_that_was_closed_asks_for_no_more(forgetful, scan, monkeypatch):
     monkeypatch.setattr(client_module, "_HEARTBEAT_S", 0.02)
     with Client(forgetful.endpoint) as client:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from scansteer.realtime.messages import DecisionAck, GetMaps, Subscribe
+import pytest
+
+from scansteer.realtime.codec import decode, encode
+from scansteer.realtime.messages import DecisionAck, GetMaps, Played, PlayedPulse, Subscribe
 
 
 def test_a_controller_that_never_acknowledges_gets_only_the_newest_decision_again(stage, opening, make_image, kinds):
@@ -45,3 +48,30 @@ def test_controllers_and_map_requests_are_bounded(stage, opening, make_image, ki
     stage.say(GetMaps(session_id="s", request_id=1))
     assert len(stage.jobs) == 18
     assert kinds(stage.work()).count("maps") == 16
+
+
+def test_a_controller_whose_line_dropped_acts_again_at_once(stage, opening, make_image, kinds):
+    stage.say(opening)
+    stage.say(Subscribe(session_id="s", mode="acting", controller_id="a"), identity=b"old")
+    stage.say(Played(session_id="s", repetition=0, pulse=PlayedPulse(b1_ut=1.0, offset_ppm=3.0, t_sat_s=1.0, t_rec_s=1.0)))
+    stage.image("s", make_image(0))
+    stage.work()
+    answers = stage.say(Subscribe(session_id="s", mode="acting", controller_id="a"), identity=b"new")
+    assert sorted(kinds(answers)) == ["decision", "done"]
+    assert list(stage.broker.sessions.get("s").attendance.controllers) == [b"new"]
+
+
+@pytest.mark.parametrize("other", ["", "b"])
+def test_no_other_controller_takes_the_acting_role_away(other, stage, opening, kinds):
+    stage.say(opening)
+    stage.say(Subscribe(session_id="s", mode="acting", controller_id=other and "a"), identity=b"first")
+    (refused,) = stage.say(Subscribe(session_id="s", mode="acting", controller_id=other), identity=b"second")
+    assert refused.code == "not-allowed"
+
+
+def test_under_another_key_a_controllers_id_is_of_no_use(stage, opening):
+    stage.say(opening)
+    subscribe = Subscribe(session_id="s", mode="acting", controller_id="a")
+    stage.broker.handle(b"first", encode(subscribe), "console")
+    ((_, frames),) = stage.broker.handle(b"second", encode(subscribe), "scanner")
+    assert decode(frames)[0].code == "not-allowed"
