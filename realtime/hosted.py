@@ -105,6 +105,8 @@ class HostedSession:
         self._n_jobs = 0
         self._n_builds = 0
         self._n_builds_done = 0
+        self._lacks_records = False
+        """Its journal was damaged."""
         self._n_logged = folder.count_decisions()
         setup = Setup(opening.session_id, self.scan, region_names=opening.region_names, use_encoder=opening.use_encoder)
         self._actor = Actor(setup, journal.read, make, limits.max_voxels)
@@ -151,6 +153,10 @@ class HostedSession:
             message, _ = decode(journal.read(entry))
             if isinstance(message, SessionMessage):
                 session.apply(message, entry)
+        if damages or folder.has_lost_a_tail:
+            session._lacks_records = True
+            session.sequencer.give_up_reports()
+            session._give()
         return session
 
     # Messages: check, append, apply.
@@ -343,6 +349,8 @@ class HostedSession:
         if late and self.sequencer.played(message.repetition) is None and not self._as_scheduled(message):
             self._submit(lambda: self._actor.correct_pulse(message.repetition, message.pulse), True)
         self.sequencer.report_played(message.repetition, message.pulse)
+        if self._lacks_records:
+            self.sequencer.give_up_reports()
 
     def _as_scheduled(self, message: Played) -> bool:
         if message.repetition >= len(self.scan.schedule):
@@ -410,7 +418,10 @@ class HostedSession:
 
     def _report_damage(self, damages: Sequence[Damage]) -> None:
         for damage in damages:
-            self.warn(f"{damage.n_bytes} bytes of the journal at {damage.offset} are damaged; what they held is asked for again.")
+            self.warn(
+                f"{damage.n_bytes} bytes of the journal at {damage.offset} are damaged. Images among them are asked for again, the "
+                "schedule stands in for lost reports of what was played; commands of the operator have to be given again."
+            )
 
 
 def same_opening(first: Open, second: Open) -> bool:

@@ -24,6 +24,8 @@ class Step:
     """The journal's records of the images, by slice; empty: declared missing."""
     pulse: Pulse | None
     """As it was played; none: as it was scheduled."""
+    report_is_lost: bool = False
+    """What was played was reported, perhaps, and cannot be read any more: the schedule is assumed."""
 
 
 class Sequencer:
@@ -36,6 +38,7 @@ class Sequencer:
         self._images: dict[int, dict[int, Entry]] = {}
         self._missing: set[int] = set()
         self._played: dict[int, Pulse] = {}
+        self._lost_reports: set[int] = set()
 
     @property
     def n_waiting(self) -> int:
@@ -58,6 +61,10 @@ class Sequencer:
     def report_played(self, repetition: int, pulse: Pulse) -> None:
         self._played[repetition] = pulse
 
+    def give_up_reports(self) -> None:
+        """Reports come in order: those before the latest one that are not here were lost, and the schedule stands in for them."""
+        self._lost_reports |= set(range(self.next_repetition, max(self._played, default=0))) - self._played.keys()
+
     def played(self, repetition: int) -> Pulse | None:
         return self._played.get(repetition)
 
@@ -68,7 +75,9 @@ class Sequencer:
             repetition = self.next_repetition
             images = self._images.pop(repetition, {})
             self._missing.discard(repetition)
-            steps.append(Step(repetition, tuple(images[slice_] for slice_ in sorted(images)), self._played.get(repetition)))
+            pulse = self._played.get(repetition)
+            is_lost = pulse is None and repetition in self._lost_reports
+            steps.append(Step(repetition, tuple(images[slice_] for slice_ in sorted(images)), pulse, is_lost))
             self.next_repetition += 1
         return steps
 
@@ -90,4 +99,4 @@ class Sequencer:
     def _can_give(self, repetition: int) -> bool:
         if not (self._is_complete(repetition) or repetition in self._missing):
             return False
-        return not self.waits_for_played or repetition in self._played
+        return not self.waits_for_played or repetition in self._played or repetition in self._lost_reports

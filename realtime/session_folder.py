@@ -48,6 +48,11 @@ class SessionFolder:
         except FileNotFoundError:
             return True
 
+    @property
+    def has_lost_a_tail(self) -> bool:
+        """Whether the end of the journal was damaged once, and cut off."""
+        return any(self.path.glob("journal.damaged-*"))
+
     def begin(self) -> None:
         """Make the folder of a new session; what was left of one that never began goes.
 

@@ -200,6 +200,10 @@ class Actor:
         if self._session is None:
             return []
         events, decision = self._give(self._session, step, received_at, deadline)
+        if step.report_is_lost:
+            assumed = f"The report of what was played in repetition {step.repetition} is lost: the scheduled pulse is assumed."
+            events = [*events, Warned(assumed)]
+            decision = decision and decision.model_copy(update={"warnings": (*decision.warnings, assumed)})
         return [*events, *self._published(decision)]
 
     def exclude(self, repetition: int) -> list[Event]:

@@ -99,6 +99,35 @@ def test_a_damaged_record_is_asked_for_again(stage, opening, make_image, serve_c
     second.broker.close()
 
 
+@pytest.mark.parametrize("is_last", [True, False])
+def test_for_a_damaged_report_of_what_was_played_the_schedule_stands_in(
+    is_last, stage, opening, make_image, serve_config, fake_session
+):
+    stage.say(opening)
+    stage.say(Subscribe(session_id="s", reports_played=True), identity=b"controller")
+    for repetition in range(2 if is_last else 3):
+        stage.image("s", make_image(repetition))
+        stage.say(Played(session_id="s", repetition=repetition, pulse=PULSE))
+    path = serve_config.data_dir / "s" / "journal"
+    entries, _ = journal.scan(path)
+    content = bytearray(path.read_bytes())
+    content[entries[5].body_offset + 10] ^= 4  # the report of repetition 1
+    path.write_bytes(content)
+    second = stage.restarted(serve_config, fake_session)
+    if is_last:
+        second.image("s", make_image(2))
+        second.work()
+        second.say(Played(session_id="s", repetition=2, pulse=PULSE))
+    second.work()
+    decisions = second.broker.sessions.get("s").decisions
+    assert [decision.repetition for decision in decisions] == [0, 1, 2]
+    assert ["is lost: the scheduled pulse" in " ".join(decision.warnings) for decision in decisions] == [False, True, False]
+    third = second.restarted(serve_config, fake_session)
+    third.work()
+    assert third.broker.sessions.get("s").decisions == decisions
+    third.broker.close()
+
+
 def test_a_journal_whose_beginning_is_lost_is_left_alone(stage, opening, make_image, serve_config, fake_session, caplog, kinds):
     stage.say(opening)
     stage.image("s", make_image(0))
