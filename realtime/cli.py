@@ -29,6 +29,8 @@ app.add_typer(scans_app, name="scans")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(keys_app, name="keys")
 
+_WIDE = 200  # columns
+
 ScanOption = Annotated[str, typer.Option("--scan", metavar="NAME|FILE", help="Built-in scan or YAML file.")]
 RoiOption = Annotated[Path | None, typer.Option("--roi", metavar="LABELS.nii.gz", help="Label image of the regions; default: automatic foreground.")]
 MapOption = Annotated[
@@ -226,16 +228,16 @@ def scans_check(file: str) -> None:
 def sessions_list(config: Annotated[Path | None, typer.Option(help="YAML of the service.")] = None) -> None:
     """Stored sessions."""
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
     from scansteer.realtime.sessions import list_sessions
 
     folder = _data_dir(config)
-    table = Table(Column("session", overflow="fold", min_width=32), "scan", "state", "images", "bytes", title=f"Sessions in {folder}")
+    table = Table("session", "scan", "state", "images", "bytes", title=f"Sessions in {folder}")
     for stored in list_sessions(folder):
         state = "damaged" if stored.damaged else "closed" if stored.closed else "open"
         table.add_row(stored.session_id, stored.scan, state, str(stored.n_images), str(stored.n_bytes))
-    Console().print(table)
+    Console(width=_WIDE).print(table)  # names are there to be copied: a narrow terminal breaks lines, nothing is cut
 
 
 @sessions_app.command("export")
