@@ -107,6 +107,27 @@ def from_frame(frame: Frame, geometry: Geometry, names: Sequence[str] = ()) -> l
     ]
 
 
+def where_mapped(regions: Sequence[Region], maps: Mapping[str, np.ndarray]) -> tuple[list[Region], list[str]]:
+    """The regions without the voxels for which a map holds no number, and a sentence on each region that lost some.
+
+    Raises
+    ------
+    InputError
+        A region has none left.
+    """
+    said: list[str] = []
+    kept = list(regions)
+    for name, values in maps.items():
+        for place, region in enumerate(kept):
+            has_number = np.isfinite(values.reshape(-1)[region.voxels])
+            if not has_number.any():
+                raise InputError(f"No voxel of region {region.name!r} has a number in the {name} map; give another map, or another region.")
+            if not has_number.all():
+                said.append(f"{np.count_nonzero(~has_number)} voxels of region {region.name!r} have no number in the {name} map; they are left out.")
+                kept[place] = Region(region.name, region.voxels[has_number])
+    return kept, said
+
+
 def _check_labels(labels: np.ndarray, source: str) -> list[int]:
     """The labels that occur, background apart."""
     if not np.all(np.isfinite(labels)) or not np.array_equal(labels, np.round(labels)) or labels.min() < 0:

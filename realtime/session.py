@@ -281,7 +281,8 @@ class Session:
         if not frame.geometry.is_oriented:
             warnings.append("The image header has no valid direction cosines; identity is assumed.")
         auxiliaries = self._auxiliary_frames(frame.geometry)
-        regions = self._regions(frame, auxiliaries)
+        regions, said = roi.where_mapped(self._regions(frame, auxiliaries), {role: auxiliaries[role].pixels for role in self._roles})
+        warnings.extend(said)
         index = np.unique(np.concatenate([region.voxels for region in regions]))
         places = tuple(np.searchsorted(index, region.voxels) for region in regions)
         voxels = Voxels(frame.geometry, index, tuple(regions), places)

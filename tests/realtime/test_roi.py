@@ -8,7 +8,7 @@ import pytest
 from scansteer.core.errors import InputError
 from scansteer.realtime.images import Frame, Geometry
 from scansteer.realtime.maps import write_volume
-from scansteer.realtime.roi import automatic, from_frame, from_labels
+from scansteer.realtime.roi import Region, automatic, from_frame, from_labels, where_mapped
 from scansteer.realtime.sources import open_source
 
 Y, X = np.mgrid[:32, :40]
@@ -118,3 +118,15 @@ def test_labels_that_came_as_an_image_must_lie_on_the_images() -> None:
     assert [region.name for region in from_frame(frame, Geometry((4, 1, 1)), ("left", "right"))] == ["left", "right", "label 3"]
     with pytest.raises(InputError, match="matrix is 4 x 1 x 1 instead of 2 x 2 x 1"):
         from_frame(frame, Geometry((2, 2, 1)))
+
+
+def test_voxels_without_a_number_in_a_map_leave_their_region() -> None:
+    """As every map fitted voxel by voxel has them; one of them in the posterior is enough to make its figures none."""
+    t1 = np.full((1, 3, 4), 2900.0)
+    t1.reshape(-1)[[1, 2, 9]] = np.nan, np.inf, np.nan
+    regions = [Region("a", np.array([0, 1, 2, 3])), Region("b", np.array([5, 6]))]
+    kept, said = where_mapped(regions, {"t1": t1, "b0": np.zeros((1, 3, 4))})
+    assert [region.voxels.tolist() for region in kept] == [[0, 3], [5, 6]]
+    assert said == ["2 voxels of region 'a' have no number in the t1 map; they are left out."]
+    with pytest.raises(InputError, match="No voxel of region 'c' has a number in the t1 map"):
+        where_mapped([Region("c", np.array([1, 9]))], {"t1": t1})
