@@ -74,6 +74,7 @@ log = logging.getLogger("scansteer.broker")
 VERSION = importlib.metadata.version("scansteer")
 
 _MAX_MAPS_WANTED = 16
+_RETRY_CLOSING_S = 60.0
 _WARMING = ""
 """In the place of a session's name, for jobs that belong to none."""
 
@@ -169,12 +170,14 @@ class Broker:
         outgoing = [gap for session in self._dirty_sessions() for gap in self._ask_for_gaps(session)]
         failed: set[str] = set()
         for session in self._dirty_sessions() if self.config.fsync else ():
+            was_durable = session.is_durable
             try:
                 session.sync()
             except JournalError as error:
                 log.error("%s", error)
-                session.take(Failed("The disk failed."))
                 failed.add(session.opening.session_id)
+                if was_durable:
+                    outgoing += self._take(session, Failed("The disk failed."))
         durable, not_durable = self._outbox.release(failed)
         return outgoing + durable + [self._not_durable(session_id, held) for session_id, held in not_durable]
 
@@ -303,6 +306,8 @@ class Broker:
     # What jobs said.
 
     def _take(self, session: HostedSession, event: Event) -> list[Outgoing]:
+        if isinstance(event, Decided) and not session.is_durable:
+            return []  # it may rest on images that nobody has on disk
         try:
             session.take(event)
             return self._tell(session, event)
@@ -365,12 +370,13 @@ class Broker:
         if session.state == "closed":
             self.sessions.drop(session_id)
         elif session.state != "closing":
-            session.note("idle", limit_s=self.config.limits.max_session_idle_s)
             closing = Close(session_id=session_id)
             try:
                 session.apply(closing, session.append(encode(closing)))
+                session.note("idle", limit_s=self.config.limits.max_session_idle_s)
                 self._outbox.hold(session_id)
             except (JournalError, ProtocolError) as error:
+                session.attendance.last_heard = self._clock() - self.config.limits.max_session_idle_s + _RETRY_CLOSING_S
                 log.error("cannot close idle session %s: %s", session_id, error)
 
     # Refusing.

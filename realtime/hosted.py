@@ -87,7 +87,6 @@ class HostedSession:
         self.folder = folder
         self.scan = Scan.model_validate(opening.scan)
         self.state: SessionState = "opening"
-        self.reason = ""
         self.summary: dict[str, Any] = {}
         self.decisions: list[Decision] = []
         self.warnings: list[str] = []
@@ -95,6 +94,8 @@ class HostedSession:
         self.attendance = Attendance()
         self.commands: set[str] = set()
         self.paused = False
+        self.is_durable = True
+        """False: the disk failed in writing the journal through, and nobody knows what it holds."""
         self.advice_only = False
         """The operator has taken the acting role away, for good."""
         self.sequencer = Sequencer(opening.n_slices)
@@ -104,7 +105,6 @@ class HostedSession:
         self._submit_job = submit
         self._n_jobs = 0
         self._n_builds = 0
-        self._n_builds_done = 0
         self._lacks_records = False
         """Its journal was damaged."""
         self._n_logged = folder.count_decisions()
@@ -222,8 +222,13 @@ class HostedSession:
 
     def sync(self) -> None:
         """Make everything appended durable."""
-        if self.state != "closed":
+        if self.state == "closed":
+            return
+        try:
             self._journal.sync()
+        except JournalError:
+            self.is_durable = False
+            raise
 
     def release(self) -> None:
         """Let go of the journal, as it is; the session goes on when it is recovered."""
@@ -255,12 +260,10 @@ class HostedSession:
     def take(self, event: Event) -> None:
         """Change the state as a finished job says."""
         match event:
-            case Ready():
-                self._n_builds_done += 1
-                if self.state == "opening" and self._n_builds_done == self._n_builds:
+            case Ready(build=build):
+                if self.state == "opening" and build == self._n_builds:
                     self.state = "ready"
             case Failed(reason=reason):
-                self.reason = reason
                 if self.state not in ("closing", "closed"):  # those are final: closing twice would close another session's file
                     self.state = "failed"
                 self.warn(reason)
@@ -412,9 +415,9 @@ class HostedSession:
         side = self.received.side_images()
         self._n_builds += 1
         number = self._n_builds
-        if self.state == "ready":
-            self.state = "opening"
-        self._submit(lambda: self._actor.build(side) if number == self._n_builds else [Ready(0.0)], True)
+        if self.state in ("ready", "failed") and self.is_durable:
+            self.state = "opening"  # a map may be what a scan that could not be compiled had lacked
+        self._submit(lambda: self._actor.build(side, number) if number == self._n_builds else [], True)
 
     def _report_damage(self, damages: Sequence[Damage]) -> None:
         for damage in damages:

@@ -108,6 +108,8 @@ MakeSession = Callable[[Setup], Session]
 @dataclass(frozen=True)
 class Ready:
     ready_s: float
+    build: int = 0
+    """Number of the build that is done."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Actor:
             self._session = None
             raise
 
-    def build(self, side_images: SideImages) -> list[Event]:
+    def build(self, side_images: SideImages, number: int = 0) -> list[Event]:
         """Compile the session, with the auxiliary and mask images that came before image 0."""
         started = time.perf_counter()
         self._side_images = side_images
@@ -192,7 +194,7 @@ class Actor:
             self._session.close()
             self._session = None
         self._session = self._make(self._complete_setup())
-        return [Ready(time.perf_counter() - started)]
+        return [Ready(time.perf_counter() - started, number)]
 
     def absorb(self, step: Step, received_at: float, deadline: float | None) -> list[Event]:
         """Give one repetition to the posterior."""
@@ -250,11 +252,15 @@ class Actor:
         """The last job: the summary; the session is let go."""
         if self._session is None:
             return [Summarised({})]
-        summary = self._session.summary().model_dump(mode="json")
+        events = run_job(self._summarise)
         self._session.close()
         self._session = None
         return_freed_memory()
-        return [Summarised(summary)]
+        return events if isinstance(events[-1], Summarised) else [*events, Summarised({})]  # it ends all the same
+
+    def _summarise(self) -> list[Event]:
+        assert self._session is not None
+        return [Summarised(self._session.summary().model_dump(mode="json"))]
 
     def _rebuild(self, reason: str) -> list[Event]:
         if self._session is None:

@@ -119,6 +119,37 @@ def test_a_session_that_fails_while_it_is_closed_is_closed_once(serve_config, fa
     stage.broker.close()
 
 
+def test_a_session_that_cannot_be_summed_up_is_closed_all_the_same(serve_config, fake_session, opening, make_image, kinds, make_stage, caplog):
+    class Speechless(fake_session):
+        def summary(self):
+            raise ZeroDivisionError
+
+    stage = make_stage(serve_config, Speechless)
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    stage.say(Close(session_id="s", request_id=7))
+    assert kinds(stage.work())[-2:] == ["session", "closed"]
+    assert stage.broker.status().sessions[0].state == "closed"
+    stage.broker.close()
+
+
+def test_an_idle_session_that_the_disk_keeps_open_is_tried_again_now_and_then(stage, opening, make_image, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    stage.say(opening)
+    stage.work()
+    with monkeypatch.context() as disk:
+        disk.setattr("os.pwritev", full)
+        stage.tick(13 * 3600.0)
+        for _ in range(100):
+            stage.tick(0.1)
+    assert caplog.text.count("cannot close idle session") == 1
+    stage.tick(61.0)
+    stage.work()
+    assert stage.broker.status().sessions[0].state == "closed"
+
+
 def test_what_cannot_be_passed_on_is_refused_and_ends_nothing(serve_config, fake_session, opening, make_image, kinds, make_stage, caplog):
     class Odd(fake_session):
         def maps(self):

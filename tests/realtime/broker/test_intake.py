@@ -8,7 +8,7 @@ import os
 from scansteer.realtime import journal
 from scansteer.realtime.client import image_of
 from scansteer.realtime.codec import decode, encode
-from scansteer.realtime.messages import Close
+from scansteer.realtime.messages import Close, Subscribe
 
 
 def test_accepted_is_said_only_after_the_sync(stage, opening, make_image, monkeypatch, kinds):
@@ -84,11 +84,28 @@ def test_a_failed_sync_turns_answers_into_refusals(stage, opening, make_image, m
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fdatasync", fail)
-    (answer,) = stage.image("s", make_image(0))
+    (notice, answer) = stage.image("s", make_image(0))
+    assert (notice.kind, notice.state) == ("session", "failed")
     assert (answer.kind, answer.code) == ("refused", "disk")
     monkeypatch.undo()
     (answer,) = stage.image("s", make_image(1))
     assert (answer.kind, answer.code) == ("refused", "disk")
+    assert "scansteer_session_failures_total 1\n" in stage.broker.metrics_text()
+
+
+def test_after_a_failed_sync_controllers_are_told_and_nothing_is_decided(stage, opening, make_image, monkeypatch, kinds):
+    stage.say(opening)
+    stage.say(Subscribe(session_id="s"), identity=b"controller")
+
+    def fail(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    assert kinds(stage.image("s", make_image(0))) == ["session", "session", "refused"]
+    monkeypatch.undo()
+    assert "decision" not in kinds(stage.work())
+    (session,) = stage.broker.status().sessions
+    assert (session.state, session.n_decisions) == ("failed", 0)
 
 
 def test_a_full_disk_refuses_one_image_and_takes_it_later(stage, opening, make_image, monkeypatch, kinds):

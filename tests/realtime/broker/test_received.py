@@ -7,6 +7,7 @@ import zlib
 import ismrmrd
 import pytest
 
+from scansteer.core.errors import InputError
 from scansteer.realtime import images
 from scansteer.realtime.client import image_of
 from scansteer.realtime.image_check import IMAGE_FACTS
@@ -145,4 +146,27 @@ def test_maps_that_come_one_after_the_other_are_compiled_for_once(serve_config, 
     assert not stage.broker.is_ready
     stage.work()
     assert (made, stage.broker.is_ready) == ([4, 5], True)
+    stage.broker.close()
+
+
+def test_a_map_makes_a_session_ready_that_could_not_be_compiled_without_it(
+    serve_config, fake_session, make_stage, opening, make_image
+):
+    class Needy(fake_session):
+        def __init__(self, setup):
+            super().__init__(setup)
+            if not setup.auxiliaries:
+                raise InputError("The scan needs a T1 map.")
+
+    stage = make_stage(serve_config, Needy)
+    stage.say(opening)
+    stage.work()
+    assert stage.broker.status().sessions[0].state == "failed"
+    body = make_image(0, meta={"DataRole": "T1"})
+    stage.say(image_of("s", body, role="t1"), [body])
+    stage.work()
+    assert stage.broker.status().sessions[0].state == "ready"
+    stage.image("s", make_image(0))
+    stage.work()
+    assert stage.broker.status().sessions[0].n_decisions == 1
     stage.broker.close()
