@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -80,9 +79,6 @@ class Registry:
         for path in sorted(self._config.data_dir.iterdir()):
             folder = SessionFolder(path)
             if not folder.journal.exists() or folder.closed.exists():
-                continue
-            if time.time() - folder.journal.stat().st_mtime > self._config.limits.max_session_idle_s:
-                log.warning("session %s was left open too long ago and is not taken up again", path.name)
                 continue
             try:
                 session = HostedSession.recover(folder, self._make, self._submitter(path.name), self._config.limits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from scansteer.realtime import journal
@@ -162,6 +164,18 @@ def test_an_opening_that_the_disk_refused_may_be_tried_again(stage, opening, mon
         (refused,) = stage.say(opening)
     assert refused.code == "disk"
     assert kinds(stage.say(opening)) == ["opened"]
+
+
+def test_a_clock_that_jumped_while_the_service_was_down_costs_no_session(stage, opening, make_image, serve_config, fake_session):
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    os.utime(serve_config.data_dir / "s" / "journal", (0, 0))
+    second = stage.restarted(serve_config, fake_session)
+    assert second.broker.status().sessions[0].n_accepted == 1
+    second.tick(13 * 3600.0)
+    second.work()
+    assert second.broker.status().sessions[0].state == "closed"
+    second.broker.close()
 
 
 @pytest.mark.parametrize("name", ["purged", "lock"])
