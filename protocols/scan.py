@@ -281,14 +281,14 @@ def from_yaml(text: str, source: str = "scan") -> Scan:
         raise InputError(f"{source}: {explain(error)}") from error
 
 
-def explain(error: ValidationError) -> str:
-    """The first complaint of a pydantic validation in one sentence, with the number of further ones."""
+def explain(error: ValidationError, reference: str = "`scansteer scans show --schema`") -> str:
+    """The first complaint of a pydantic validation in one sentence, with the number of further ones and where the fields are described."""
     first, *others = error.errors()
     field = ".".join(str(part) for part in first["loc"]) or "scan"
     if first["type"] == "extra_forbidden":
-        text = f"unknown field {field!r}; remove it or compare with `scansteer scans show --schema`"
+        text = f"unknown field {field!r}; remove it or compare with {reference}"
     elif first["type"] == "missing":
-        text = f"field {field!r} is missing; see `scansteer scans show --schema`"
+        text = f"field {field!r} is missing; see {reference}"
     else:
         shown = repr(first.get("input"))
         shown = shown if len(shown) <= 60 else shown[:57] + "..."

@@ -89,7 +89,7 @@ def choose(peer: Peer, config: GatewayConfig) -> Choice:
     try:
         merged = GatewayConfig.model_validate({**config.model_dump(), **options})
     except ValidationError as error:
-        raise InputError(f"The configuration sent with the images: {explain(error)}") from error
+        raise InputError(f"The configuration sent with the images: {explain(error, 'realtime/config.py')}") from error
     scan = _choose_scan(peer.parameters, merged)
     if peer.field_t is not None and abs(peer.field_t - scan.field_t) > _FIELD_TOLERANCE * scan.field_t:
         raise InputError(

@@ -329,7 +329,7 @@ def request(kind: type[Content], **fields: Any) -> Content:
     try:
         return kind(**fields)
     except ValidationError as error:
-        raise InputError(f"{kind.__name__}: {explain(error)}") from error
+        raise InputError(f"{kind.__name__}: {explain(error, 'realtime/messages.py')}") from error
 
 
 def image_of(session_id: str, body: Bytes, *, role: ImageRole = "image") -> Image:

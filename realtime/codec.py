@@ -130,7 +130,7 @@ def _validated(fields: dict[str, Any], requests_only: bool) -> WireMessage:
     try:
         return validate(fields)
     except ValidationError as error:
-        reason = f"Message {fields['kind']!r}: {explain(error)}"[:1000]
+        reason = f"Message {fields['kind']!r}: {explain(error, 'realtime/messages.py')}"[:1000]
         raise ProtocolError("malformed", reason, _legible_request_id(fields)) from error
 
 

@@ -21,12 +21,17 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Limits(Settings):
-    """Bounds on everything that a peer controls, applied before anything is allocated."""
+class ImageLimits(Settings):
+    """Bounds on one image, applied before anything is allocated."""
 
     max_image_bytes: Annotated[int, Field(ge=1024, le=2**31)] = 2**27
     max_voxels: Annotated[int, Field(ge=1, le=2**30)] = 2**24
     """Matrix x channels of one image."""
+
+
+class Limits(ImageLimits):
+    """Bounds on everything that a client of the service controls, applied before anything is allocated."""
+
     max_repetitions: Annotated[int, Field(ge=1, le=65536)] = 4096
     max_sessions: Annotated[int, Field(ge=1, le=1000)] = 16
     """Open at once."""
@@ -130,7 +135,7 @@ class GatewayConfig(Settings):
     """How long images that the service has not taken yet are kept after their connection has ended."""
     max_kept_bytes: Annotated[int, Field(ge=2**20)] = 2**31
     """Per connection: images that the service has not taken yet, and images that the peer has not taken back yet."""
-    limits: Limits = Limits()
+    limits: ImageLimits = ImageLimits()
 
 
 Config = TypeVar("Config", bound=Settings)
@@ -157,4 +162,4 @@ def load(model: type[Config], path: Path | None) -> Config:
     try:
         return model.model_validate({} if data is None else data)
     except ValidationError as error:
-        raise InputError(f"{path}: {explain(error)}") from error
+        raise InputError(f"{path}: {explain(error, 'realtime/config.py')}") from error

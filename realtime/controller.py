@@ -353,4 +353,4 @@ class Controller:
 
 def _is_passing(answer: WireMessage) -> bool:
     """Whether a report should be sent again although it was answered."""
-    return isinstance(answer, Refused) and answer.code in ("unknown-session", "disk", "busy")
+    return isinstance(answer, Refused) and answer.code in ("unknown-session", "disk", "busy", "failed")

@@ -6,7 +6,7 @@ import struct
 import zlib
 
 from scansteer.realtime.codec import Bytes, ProtocolError
-from scansteer.realtime.config import Limits
+from scansteer.realtime.config import ImageLimits
 from scansteer.realtime.images import HEADER_BYTES, MAX_META_BYTES
 from scansteer.realtime.messages import Image
 
@@ -18,7 +18,7 @@ _BYTES_PER_VALUE = {1: (2,), 2: (2,), 3: (4,), 4: (4, 8), 5: (4,), 6: (8,), 7: (
 """By MRD data type; 4 is int32 in the standard, int64 in ismrmrd-python."""
 
 
-def check_body(message: Image, body: Bytes, limits: Limits) -> None:
+def check_body(message: Image, body: Bytes, limits: ImageLimits) -> None:
     """Compare an image's bytes with what its header, its envelope and the limits say; nothing is decoded yet.
 
     Raises

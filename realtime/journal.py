@@ -233,6 +233,12 @@ def read_all(path: Path) -> Iterator[tuple[Entry, list[bytes]]]:
             yield entry, _checked_frames(os.pread(file.fileno(), sum(entry.lengths), entry.body_offset), entry, path)
 
 
+def read_record(path: Path, entry: Entry) -> list[bytes]:
+    """The frames of one record of a journal that nobody needs to have open."""
+    with path.open("rb") as file:
+        return _checked_frames(os.pread(file.fileno(), sum(entry.lengths), entry.body_offset), entry, path)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

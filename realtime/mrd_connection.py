@@ -16,7 +16,7 @@ import ismrmrd
 import numpy as np
 
 from scansteer.core.errors import InputError
-from scansteer.realtime.config import Limits
+from scansteer.realtime.config import ImageLimits
 from scansteer.realtime.images import DTYPES, HEADER_BYTES, MAX_META_BYTES
 from scansteer.realtime.mrd_stream import ACQUISITION, CLOSE, CONFIG_FILE, CONFIG_TEXT, ERROR, HEADER, IMAGE, TEXT, WAVEFORM
 
@@ -49,7 +49,7 @@ class MrdMessage(NamedTuple):
         return self.identifier.to_bytes(2, "little") + self.body
 
 
-def read_message(read_exactly: ReadExactly, limits: Limits) -> MrdMessage:
+def read_message(read_exactly: ReadExactly, limits: ImageLimits) -> MrdMessage:
     """Read one message to its end.
 
     Raises
@@ -105,12 +105,12 @@ def _counted(identifier: int, content: bytes, n_length_bytes: int) -> bytes:
     return identifier.to_bytes(2, "little") + len(content).to_bytes(n_length_bytes, "little") + content
 
 
-def _read_config_file(read_exactly: ReadExactly, limits: Limits) -> bytes:
+def _read_config_file(read_exactly: ReadExactly, limits: ImageLimits) -> bytes:
     return read_exactly(CONFIG_FILE_BYTES)
 
 
-def _read_counted(n_length_bytes: int) -> Callable[[ReadExactly, Limits], bytes]:
-    def read(read_exactly: ReadExactly, limits: Limits) -> bytes:
+def _read_counted(n_length_bytes: int) -> Callable[[ReadExactly, ImageLimits], bytes]:
+    def read(read_exactly: ReadExactly, limits: ImageLimits) -> bytes:
         head = read_exactly(n_length_bytes)
         length = int.from_bytes(head, "little")
         if length > MAX_TEXT_BYTES:
@@ -120,11 +120,11 @@ def _read_counted(n_length_bytes: int) -> Callable[[ReadExactly, Limits], bytes]
     return read
 
 
-def _read_nothing(read_exactly: ReadExactly, limits: Limits) -> bytes:
+def _read_nothing(read_exactly: ReadExactly, limits: ImageLimits) -> bytes:
     return b""
 
 
-def _read_image(read_exactly: ReadExactly, limits: Limits) -> bytes:
+def _read_image(read_exactly: ReadExactly, limits: ImageLimits) -> bytes:
     head = read_exactly(HEADER_BYTES + 8)
     header = ismrmrd.ImageHeader.from_buffer_copy(head)
     n_values = int(header.channels) * math.prod(int(size) for size in header.matrix_size)
@@ -139,13 +139,13 @@ def _read_image(read_exactly: ReadExactly, limits: Limits) -> bytes:
     return head + read_exactly(n_meta + n_data)
 
 
-def _skip_acquisition(read_exactly: ReadExactly, limits: Limits) -> bytes:
+def _skip_acquisition(read_exactly: ReadExactly, limits: ImageLimits) -> bytes:
     header = ismrmrd.AcquisitionHeader.from_buffer_copy(read_exactly(_ACQUISITION_HEADER_BYTES))
     per_sample = 4 * int(header.trajectory_dimensions) + 8 * int(header.active_channels)
     return _skip(read_exactly, int(header.number_of_samples) * per_sample, "acquisition")
 
 
-def _skip_waveform(read_exactly: ReadExactly, limits: Limits) -> bytes:
+def _skip_waveform(read_exactly: ReadExactly, limits: ImageLimits) -> bytes:
     header = ismrmrd.WaveformHeader.from_buffer_copy(read_exactly(_WAVEFORM_HEADER_BYTES))
     return _skip(read_exactly, 4 * int(header.channels) * int(header.number_of_samples), "waveform")
 
@@ -158,7 +158,7 @@ def _skip(read_exactly: ReadExactly, count: int, what: str) -> bytes:
     return b""
 
 
-_READERS: dict[int, Callable[[ReadExactly, Limits], bytes]] = {
+_READERS: dict[int, Callable[[ReadExactly, ImageLimits], bytes]] = {
     CONFIG_FILE: _read_config_file,
     CONFIG_TEXT: _read_counted(4),
     HEADER: _read_counted(4),

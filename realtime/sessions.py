@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -117,14 +116,12 @@ def _describe(folder: SessionFolder) -> StoredSession:
     stat = folder.journal.stat()
     scan, n_images, damaged = "", 0, False
     try:
-        _, damages = journal.scan(folder.journal)
+        entries, damages = journal.scan(folder.journal)
         damaged = bool(damages)
-        for entry, frames in journal.read_all(folder.journal):
-            if len(entry.lengths) == 2:
-                n_images += 1
-            elif entry.sequence == 0:
-                opening, _ = decode(frames)
-                scan = str(opening.scan.get("name", "")) if isinstance(opening, Open) else ""
+        n_images = sum(len(entry.lengths) == 2 for entry in entries)
+        if entries and entries[0].sequence == 0:
+            opening, _ = decode(journal.read_record(folder.journal, entries[0]))
+            scan = str(opening.scan.get("name", "")) if isinstance(opening, Open) else ""
     except (ScansteerError, OSError):
         damaged = True
     return StoredSession(
@@ -181,12 +178,3 @@ class _Locked:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
-
-
-def closed_summary(data_dir: Path, session_id: str) -> dict:
-    """The summary that a closed session left."""
-    folder = _existing(data_dir, session_id)
-    try:
-        return json.loads(folder.closed.read_text(encoding="utf-8"))["summary"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"Session {session_id} has no summary: it was not closed.") from error

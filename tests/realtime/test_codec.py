@@ -104,7 +104,7 @@ def test_a_decision_survives_json_too():
         ([envelope(protocol=2)], "version", "version 2 is not spoken"),
         ([envelope(kind="dance")], "unknown-kind", "kind 'dance'"),
         ([envelope(kind=["ping"])], "unknown-kind", "no message of kind"),
-        ([envelope(extra=1)], "malformed", "unknown field 'extra'"),
+        ([envelope(extra=1)], "malformed", "unknown field 'extra'; remove it or compare with realtime/messages.py"),
         ([envelope(kind="close")], "malformed", "'session_id' is missing"),
         ([envelope(kind="close", session_id="../../etc")], "malformed", "session_id"),
         ([envelope(kind="close", session_id="a" * 65)], "malformed", "session_id"),

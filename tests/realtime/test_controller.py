@@ -285,6 +285,24 @@ def test_taking_the_role_away_lets_images_go_on_without_reports(control, scanner
         scanner.subscribe("s", mode="acting")
 
 
+def test_a_report_that_met_a_mistake_of_the_service_is_sent_again(control, scanner, make_image, scan, running, monkeypatch):
+    steering = running.server.broker._steering
+    really_played, calls = steering.played, []
+
+    def fail_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise ZeroDivisionError
+        return really_played(*arguments)
+
+    monkeypatch.setattr(steering, "played", fail_once)
+    controller = control()
+    controller.played(0, scan.schedule[0])
+    wait_until(lambda: controller.n_unreported == 0)
+    assert len(calls) == 2
+    assert running.server.broker.sessions.get("s").sequencer.played(0) is not None
+
+
 def test_a_deadline_makes_the_margin_known(control, scanner, make_image):
     controller = control()
     controller.played(0, OTHER_PULSE, next_pulse_in_ms=500.0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
+from configparser import ConfigParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from scansteer.core.errors import InputError
 from scansteer.realtime.admission import Peer, choose
 from scansteer.realtime.client import Client
 from scansteer.realtime.config import GatewayConfig, ServeConfig, load
@@ -21,6 +23,20 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 @pytest.mark.parametrize(("name", "model"), [("serve.yaml", ServeConfig), ("gateway.yaml", GatewayConfig)])
 def test_the_example_configurations_are_accepted(name, model):
     load(model, EXAMPLES / name)
+
+
+def test_a_gateway_is_not_given_limits_that_mean_nothing_to_it(tmp_path):
+    (tmp_path / "gateway.yaml").write_text("limits: {max_sessions: 3}")
+    with pytest.raises(InputError, match=r"unknown field 'limits\.max_sessions'"):
+        load(GatewayConfig, tmp_path / "gateway.yaml")
+
+
+@pytest.mark.parametrize(("unit", "command"), [("scansteer.service", "serve"), ("scansteer-gateway.service", "gateway")])
+def test_the_units_start_what_they_name_and_leave_it_time_to_stop(unit, command):
+    settings = ConfigParser(strict=False, interpolation=None)
+    settings.read(EXAMPLES / unit)
+    assert settings["Service"]["ExecStart"].split()[1:3] == [command, "--config"]
+    assert float(settings["Service"]["TimeoutStopSec"]) > 4 * GatewayConfig().service_timeout_s
 
 
 def test_the_gadgetron_example_names_a_scan_that_is_known():

@@ -147,7 +147,7 @@ def test_without_a_file_the_defaults_find_each_other():
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("endpoit: tcp://127.0.0.1:1", "unknown field 'endpoit'"),
+        ("endpoit: tcp://127.0.0.1:1", "unknown field 'endpoit'; remove it or compare with realtime/config.py"),
         ("limits: {max_sessions: 0}", "limits.max_sessions"),
         ("fsync: [", "not YAML"),
         ("- a", r"serve\.yaml does not hold settings: .* got list"),

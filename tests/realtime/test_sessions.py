@@ -9,8 +9,9 @@ import pytest
 
 from scansteer.core.errors import InputError, ScansteerError
 from scansteer.protocols.scan import from_yaml
+from scansteer.realtime import journal
 from scansteer.realtime.client import Client
-from scansteer.realtime.sessions import closed_summary, export_session, list_sessions, purge_sessions
+from scansteer.realtime.sessions import export_session, list_sessions, purge_sessions
 from scansteer.realtime.sources import open_source
 
 
@@ -90,10 +91,16 @@ def test_a_damaged_session_is_listed_as_such(data_dir):
     assert {found.session_id: found.damaged for found in list_sessions(data_dir)} == {"done": True, "open": False}
 
 
-def test_the_summary_of_a_closed_session_is_kept(data_dir):
-    assert closed_summary(data_dir, "done")["n_images"] == 3
-    with pytest.raises(InputError, match="was not closed"):
-        closed_summary(data_dir, "open")
+def test_listing_reads_a_journal_once(data_dir, monkeypatch):
+    scanned = []
+    really_scan = journal.scan
+    monkeypatch.setattr("scansteer.realtime.journal.scan", lambda path: (scanned.append(path), really_scan(path))[1])
+    monkeypatch.setattr("scansteer.realtime.journal.read_all", lambda path: pytest.fail("every record was read again"))
+    assert {found.session_id: (found.n_images, found.scan) for found in list_sessions(data_dir)} == {
+        "done": (3, "larg-phantom-9.4T"),
+        "open": (2, "larg-phantom-9.4T"),
+    }
+    assert sorted(scanned) == sorted(data_dir.glob("*/journal"))
 
 
 def test_purging_reads_no_journal(data_dir, monkeypatch):
