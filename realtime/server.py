@@ -77,7 +77,8 @@ class Server:
             self.broker = Broker(config, make, lambda session_id, job, slow: self._worker.submit(session_id, job, slow=slow))
             self.broker.publish_endpoint = self.publish_endpoint
             self.broker.warm(expected)
-            self._http = _serve_http(self.broker, config.http_port) if config.http_port is not None else None
+            self._metrics_text = self.broker.metrics_text()
+            self._http = self._serve_http(config.http_port) if config.http_port is not None else None
         except BaseException:
             self._close_sockets()
             raise
@@ -114,6 +115,8 @@ class Server:
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + _TICK_S
                 outgoing += self.broker.tick()
+                if self._http is not None:
+                    self._metrics_text = self.broker.metrics_text()
             self._send(outgoing + self.broker.commit())
 
     def stop(self) -> None:
@@ -209,6 +212,9 @@ class Server:
             except zmq.Again:
                 self.broker.metrics.refused("busy")
 
+    def _serve_http(self, port: int) -> ThreadingHTTPServer:
+        return _serve_http(lambda: self.broker.is_ready, lambda: self._metrics_text, port)
+
     def _deliver(self, session_id: str, events: list[Event]) -> None:
         """From the worker's threads: one PUSH socket, guarded by a lock."""
         self._done.put((session_id, events))
@@ -277,8 +283,8 @@ def _content(frame: zmq.Frame) -> Bytes:
     return frame.bytes if len(frame) < _LARGE_BYTES else frame.buffer
 
 
-def _serve_http(broker: Broker, port: int) -> ThreadingHTTPServer:
-    """/health, /ready and /metrics on loopback. They read counters only, so no lock is needed."""
+def _serve_http(is_ready: Callable[[], bool], metrics_text: Callable[[], str], port: int) -> ThreadingHTTPServer:
+    """/health, /ready and /metrics on loopback. Both functions are called from other threads: neither walks through what may grow meanwhile."""
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 5
@@ -288,9 +294,9 @@ def _serve_http(broker: Broker, port: int) -> ThreadingHTTPServer:
                 case "/health":
                     self._answer(200, "ok\n")
                 case "/ready":
-                    self._answer(*((200, "ready\n") if broker.is_ready else (503, "compiling\n")))
+                    self._answer(*((200, "ready\n") if is_ready() else (503, "compiling\n")))
                 case "/metrics":
-                    self._answer(200, broker.metrics_text())
+                    self._answer(200, metrics_text())
                 case _:
                     self._answer(404, "not found: /health, /ready and /metrics are\n")
 

@@ -1,4 +1,4 @@
-"""kill -9 at random moments: every accepted image is there, none twice, and decisions equal an undisturbed run's.
+"""kill -9 at random moments, opening and closing among them: accepted images are there, none twice, decisions equal an undisturbed run's.
 
 The default run kills a service with a small stand-in for the posterior a handful of times. The long run (`-m long`) kills 180
 times on a small scan and 20 times on the phantom, with the real posterior; `-k` takes some of its seeds.
@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from scansteer.protocols.scan import Auxiliary, Scan
 from scansteer.realtime import journal
 from scansteer.realtime.client import Client
 from scansteer.realtime.codec import decode
+from scansteer.realtime.connection import RefusedError
 from scansteer.realtime.images import image_message
-from scansteer.realtime.messages import Image
+from scansteer.realtime.messages import Close, Image, Open, Opened
 
 SEED = 20251122
 
@@ -62,21 +64,49 @@ def pictures(scan: Scan, seed: int) -> list[bytes]:
     return [image_message(image[None].astype(np.float32), repetition=n) for n, image in enumerate(noisy)]
 
 
-def stream(victim: Victim, scan: Scan, images: list[bytes], n_kills: int, generator: random.Random) -> None:
-    """Send everything, killing the service at random moments on the way."""
-    kill_before = sorted(generator.sample(range(len(images)), min(n_kills, len(images))))
-    with Client(victim.endpoint, timeout_s=60, resend_s=0.2) as client:
-        client.open(scan, "s")
+def stream(victim: Victim, scan: Scan, images: list[bytes], moments: Sequence[int | str], generator: random.Random) -> None:
+    """Send everything, killing the service on the way: at "opening", at images by their number, at "closing"."""
+    with Client(victim.endpoint, timeout_s=120, resend_s=0.2) as client:
+        opening = Open(session_id="s", scan=scan.model_dump(mode="json"))
+        if "opening" in moments:
+            client.post(opening)
+            die(victim, generator)
+        client.ask(opening, Opened)
         for number, image in enumerate(images):
-            if number in kill_before:
+            if number in moments:
                 if generator.random() < 0.3:
                     client.wait_ready("s")  # else it dies while it compiles
-                client.post_image("s", image)  # on its way when the process dies, or accepted already
-                time.sleep(generator.random() * 0.004)
-                victim.kill()
-                victim.start()
+                if generator.random() < 0.7:
+                    client.post_image("s", image)  # on its way when the process dies, or accepted already
+                die(victim, generator)
             client.send_image("s", image, timeout_s=120)
+        if "closing" in moments:
+            if generator.random() < 0.5:
+                wait_for_decisions(client)  # else it dies while images wait for the posterior
+            client.post(Close(session_id="s"))
+            die(victim, generator)
+        end(client, victim)
+
+
+def die(victim: Victim, generator: random.Random) -> None:
+    """At once, or while the disk is written, or while the posterior works."""
+    time.sleep(generator.choice((0.004, 0.04, 0.4)) * generator.random())
+    victim.kill()
+    victim.start()
+
+
+def wait_for_decisions(client: Client) -> None:
+    while client.session_status("s").n_jobs:
+        client.take_in(0.05)
+
+
+def end(client: Client, victim: Victim) -> None:
+    """Close the session; one that was closed before the kill is not known any more."""
+    try:
         client.close_session("s", timeout_s=300)
+    except RefusedError as error:
+        assert error.code == "unknown-session"
+        assert (victim.folder / "sessions" / "s" / "closed.json").exists()
 
 
 def decisions(folder: Path) -> list[dict]:
@@ -97,7 +127,7 @@ def undisturbed(folder: Path, kind: str, scan: Scan) -> list[dict]:
     folder.mkdir()
     victim = Victim(folder, kind)
     try:
-        stream(victim, scan, pictures(scan, SEED), 0, random.Random(SEED))
+        stream(victim, scan, pictures(scan, SEED), (), random.Random(SEED))
     finally:
         victim.kill()
     expected = decisions(folder)
@@ -105,12 +135,16 @@ def undisturbed(folder: Path, kind: str, scan: Scan) -> list[dict]:
     return expected
 
 
-def check(folder: Path, kind: str, scan: Scan, n_kills: int, seed: int, expected: list[dict]) -> None:
+def check(folder: Path, kind: str, scan: Scan, moments: int | Sequence[int | str], seed: int, expected: list[dict]) -> None:
+    """`moments`: when the service is killed, or how often at random."""
     folder.mkdir()
+    generator = random.Random(SEED + seed)
+    if isinstance(moments, int):
+        moments = generator.sample(["opening", *range(len(scan.schedule)), "closing"], moments)
     images = pictures(scan, SEED)
     victim = Victim(folder, kind)
     try:
-        stream(victim, scan, images, n_kills, random.Random(SEED + seed))
+        stream(victim, scan, images, moments, generator)
     finally:
         victim.kill()
     assert images_on_disk(folder) == images
@@ -133,6 +167,13 @@ WHOLE = PUBLISHED.model_copy(update={"matrix": None})
 def test_a_killed_service_goes_on_as_if_nothing_had_happened(tmp_path):
     expected = undisturbed(tmp_path / "quiet", "fake", WHOLE)
     check(tmp_path / "killed", "fake", WHOLE, 3, 0, expected)
+
+
+@pytest.mark.parametrize("moment", ["opening", "closing"])
+def test_a_service_killed_while_it_opens_or_closes_goes_on(moment, tmp_path):
+    scan = small_scan()
+    expected = undisturbed(tmp_path / "quiet", "fake", scan)
+    check(tmp_path / "killed", "fake", scan, [moment], 1, expected)
 
 
 @pytest.fixture(scope="module")
