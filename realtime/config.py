@@ -39,6 +39,10 @@ class Limits(ImageLimits):
     """Of one session's journal."""
     max_queue: Annotated[int, Field(ge=1, le=100_000)] = 1000
     """Messages that wait in a socket's queue, per peer."""
+    max_queue_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 2**32
+    """Of images that wait to be taken in, per peer; `max_image_bytes` decides how many that are."""
+    max_unread_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 2**28
+    """Of maps that a peer asked for and has not read, beyond the first; it is sent no more before it reads."""
     max_session_idle_s: Seconds = 12 * 3600.0
     """A session that nothing is heard of for so long is closed."""
     max_controllers: Annotated[int, Field(ge=1, le=1000)] = 8

@@ -58,6 +58,7 @@ Submit = Callable[[Job, bool], None]
 """Hands a job to the worker; the flag says that it is slow."""
 
 _MAX_WARNINGS = 20
+_MAX_JOBS = 64
 
 
 @dataclass
@@ -93,6 +94,7 @@ class HostedSession:
         self.received = Received(opening.n_slices, limits)
         self.attendance = Attendance()
         self.commands: set[str] = set()
+        self._excluded: set[int] = set()
         self.paused = False
         self.is_durable = True
         """False: the disk failed in writing the journal through, and nobody knows what it holds."""
@@ -170,6 +172,8 @@ class HostedSession:
             With the reason.
         """
         self.check_open()
+        if message.role == "mask" and self.received.is_underway:
+            self._check_not_busy()
         self.received.check(message, body)
 
     @property
@@ -189,6 +193,8 @@ class HostedSession:
 
     def check_control(self, message: Control) -> None:
         self.check_open()
+        if message.command == "exclude":
+            self._check_not_busy()
         latest = len(self.decisions) - 1
         if message.decision is not None and message.decision != latest:
             made = f"the latest is {latest}" if self.decisions else "there is none yet"
@@ -320,6 +326,11 @@ class HostedSession:
         self._n_jobs += 1
         self._submit_job(lambda: self._actor.run(job), slow)
 
+    def _check_not_busy(self) -> None:
+        """Refuse what absorbs everything again while much is waiting already."""
+        if self._n_jobs >= _MAX_JOBS:
+            raise ProtocolError("busy", f"{self._n_jobs} jobs of session {self.opening.session_id} wait already; try again later.")
+
     def _check_room(self, n_bytes: int) -> None:
         if self._journal.end + n_bytes > self._limits.max_session_bytes:
             raise ProtocolError("limit", f"The journal of session {self.opening.session_id} is full.")
@@ -369,7 +380,8 @@ class HostedSession:
         match message.command:
             case "exclude":
                 repetition = message.repetition
-                if repetition is not None:
+                if repetition is not None and repetition not in self._excluded:
+                    self._excluded.add(repetition)
                     self._submit(lambda: self._actor.exclude(repetition), True)
             case "confirm":
                 self._submit(lambda: self._actor.confirm_stop(message.decision), False)

@@ -68,6 +68,8 @@ class Server:
         """After `close`: no job is running any more."""
         self._wake_lock = threading.Lock()
         self._context = zmq.Context()
+        self._unread: dict[bytes, list[tuple[zmq.MessageTracker, int]]] = {}
+        """Large answers on their way, by peer, the oldest first."""
         self._guard: Guard | None = None
         self._http: ThreadingHTTPServer | None = None
         try:
@@ -148,7 +150,8 @@ class Server:
         socket = self._context.socket(kind)
         socket.linger = 500
         socket.maxmsgsize = max(config.limits.max_image_bytes, MAX_ENVELOPE_BYTES)
-        socket.rcvhwm = socket.sndhwm = config.limits.max_queue
+        socket.sndhwm = config.limits.max_queue
+        socket.rcvhwm = min(config.limits.max_queue, max(2, config.limits.max_queue_bytes // config.limits.max_image_bytes))
         socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
         socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 20_000)
@@ -207,10 +210,22 @@ class Server:
             try:
                 if identity is None:
                     _send_frames(self._publisher, frames)
-                else:
+                elif sum(map(len, frames)) < _LARGE_BYTES:
                     _send_frames(self._router, [identity, *frames])
+                else:
+                    self._send_large(identity, frames)
             except zmq.Again:
                 self.broker.metrics.refused("busy")
+
+    def _send_large(self, identity: bytes, frames: Sequence[Bytes]) -> None:
+        """Maps, unless too many that the peer has not read wait already."""
+        waiting = [(tracker, n_bytes) for tracker, n_bytes in self._unread.get(identity, ()) if not tracker.done]
+        size = sum(map(len, frames))
+        if waiting and sum(n_bytes for _, n_bytes in waiting) + size > self.broker.config.limits.max_unread_bytes:
+            raise zmq.Again
+        tracker = self._router.send_multipart([identity, *frames], zmq.NOBLOCK, copy=False, track=True)
+        self._unread[identity] = [*waiting, (tracker, size)]
+        self._unread = {name: unread for name, unread in self._unread.items() if not unread[-1][0].done}
 
     def _serve_http(self, port: int) -> ThreadingHTTPServer:
         return _serve_http(lambda: self.broker.is_ready, lambda: self._metrics_text, port)

@@ -237,7 +237,7 @@ class Uplink:
         Raises
         ------
         RefusedError
-            It answered no, for another reason than that its disk is full.
+            It answered no, for another reason than that its disk is full or that it has too much to do.
         ServiceSilentError
             The time to wait is over.
         """
@@ -245,7 +245,7 @@ class Uplink:
             try:
                 answer = request()
             except (ServiceSilentError, RefusedError) as error:
-                if isinstance(error, RefusedError) and error.code != "disk":
+                if isinstance(error, RefusedError) and error.code not in ("disk", "busy"):
                     raise
                 self._note_away(True)
                 if time.monotonic() > self._give_up_at:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 
@@ -11,9 +12,10 @@ import zmq
 
 from scansteer.core.errors import InputError, ScansteerError
 from scansteer.realtime.client import Client
-from scansteer.realtime.config import ServeConfig
+from scansteer.realtime.codec import encode
+from scansteer.realtime.config import Limits, ServeConfig
 from scansteer.realtime.connection import RefusedError, ServiceSilentError
-from scansteer.realtime.messages import Gap, Unusable
+from scansteer.realtime.messages import Gap, GetMaps, Unusable
 from scansteer.realtime.server import Server
 from scansteer.realtime.watcher import Watcher
 
@@ -260,3 +262,54 @@ def test_raw_garbage_is_refused_and_the_service_lives_on(service, client):
             assert stranger.poll(5000)
             assert b"refused" in stranger.recv_multipart()[0]
     assert client.ping()
+
+
+def test_a_peer_that_asks_for_maps_and_never_reads_is_not_sent_any_number(serve_config, run_service, scan, make_image):
+    service = run_service(serve_config.model_copy(update={"limits": Limits(max_unread_bytes=2**23)}))
+    with Client(service.endpoint) as client, raw_socket(zmq.DEALER, service.endpoint) as deaf:
+        client.open(scan, "s")
+        client.send_image("s", make_image(0, shape=(1, 512, 512)))
+        refusals, asked = service.server.broker.metrics.refusals, 0
+        while not refusals["busy"]:
+            asked += 1
+            assert asked < 100
+            deaf.send_multipart(encode(GetMaps(session_id="s", request_id=asked)))
+            assert client.maps("s")["fs_map"].shape == (1, 512, 512)
+        waiting = [n_bytes for unread in list(service.server._unread.values()) for _, n_bytes in unread]
+    assert 0 < sum(waiting) <= 2**24  # those of the peer that reads are perhaps not written off yet
+
+
+def test_a_watcher_that_never_reads_costs_nobody_else_anything(run_service, serve_config, fake_session, tmp_path, scan, make_image):
+    class Wordy(fake_session):
+        def absorb(self, frame, **options):
+            return super().absorb(frame, **options).model_copy(update={"reason": 900 * "x"})
+
+    addresses = {"endpoint": f"ipc://{tmp_path}/service", "publish_endpoint": f"ipc://{tmp_path}/publish"}
+    service = run_service(serve_config.model_copy(update={**addresses, "limits": Limits(max_queue=50)}), Wordy)
+    with raw_socket(zmq.SUB, service.publish_endpoint) as deaf, Client(service.endpoint) as client, Client(service.endpoint) as controller:
+        deaf.subscribe("")
+        deaf.poll(100)
+        client.open(scan, "s")
+        controller.subscribe("s")
+        n_decided = 0
+        for repetition in range(600):
+            client.send_image("s", make_image(repetition))
+            n_decided += len(decisions_of(controller, 1))
+        assert n_decided == 600
+        n_heard = 0
+        while deaf.poll(200):
+            deaf.recv_multipart()
+            n_heard += 1
+    assert 0 < n_heard < 600  # its queue was full, and what came then was dropped
+
+
+@contextlib.contextmanager
+def raw_socket(kind: int, endpoint: str):
+    """A peer whose queue is full at once."""
+    socket = zmq.Context.instance().socket(kind)
+    socket.linger, socket.rcvhwm, socket.rcvbuf = 0, 1, 4096
+    socket.connect(endpoint)
+    try:
+        yield socket
+    finally:
+        socket.close(0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from scansteer.realtime.client import image_of
 from scansteer.realtime.codec import decode, encode
-from scansteer.realtime.messages import DecisionAck, GetMaps, Played, PlayedPulse, Subscribe
+from scansteer.realtime.messages import Control, DecisionAck, GetMaps, Played, PlayedPulse, Subscribe
 
 
 def test_a_controller_that_never_acknowledges_gets_only_the_newest_decision_again(stage, opening, make_image, kinds):
@@ -48,6 +49,24 @@ def test_controllers_and_map_requests_are_bounded(stage, opening, make_image, ki
     stage.say(GetMaps(session_id="s", request_id=1))
     assert len(stage.jobs) == 18
     assert kinds(stage.work()).count("maps") == 16
+
+
+def test_what_absorbs_everything_again_does_not_pile_up(stage, opening, make_image, kinds):
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    stage.work()
+    excludes = [Control(session_id="s", command_id=f"c{number}", command="exclude", repetition=5) for number in range(3)]
+    assert [kinds(stage.say(command)) for command in excludes] == [["done"]] * 3
+    assert len(stage.jobs) == 1
+    others = [Control(session_id="s", command_id=f"d{number}", command="exclude", repetition=10 + number) for number in range(100)]
+    answers = [stage.say(command)[0] for command in others]
+    assert kinds(answers) == ["done"] * 63 + ["refused"] * 37
+    assert answers[-1].code == "busy"
+    mask = make_image(0, meta={"DataRole": "MASK"})
+    (answer,) = stage.say(image_of("s", mask, role="mask"), [mask])
+    assert answer.code == "busy"
+    stage.work()
+    assert kinds(stage.say(others[-1])) == ["done"]
 
 
 def test_a_controller_whose_line_dropped_acts_again_at_once(stage, opening, make_image, kinds):
