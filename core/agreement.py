@@ -14,22 +14,20 @@ from scansteer.core import region
 from scansteer.core.coordinate import Coordinate
 from scansteer.core.encoder import Gaussian
 from scansteer.core.lattice import Box
+from scansteer.core.region import Window
 
-N_FINE = 40
-"""Fine cells per parameter over the window that holds the mass."""
-REACH = 15.0
-"""The window holds all of the lattice within so many nats of the peak."""
+LEFT_OUT = 3e-5
+"""Mass beyond the cells, at each end of a marginal."""
 TOO_FAR = 4.0
 """Mahalanobis distance beyond which two posteriors do not agree (3e-4 of the draws of a perfect match)."""
 
 
 class Lattice(eqx.Module):
-    """A posterior on fine cells that follow it; leaves (voxel, ..)."""
+    """A posterior on cells that follow it, even in z (core.coordinate); leaves (voxel, ..)."""
 
-    places: tuple[Float[Array, "voxel fine"], Float[Array, "voxel fine"]]
-    """Centres of the cells along f and k, 0 .. 1 along the lattice's axes."""
+    z: tuple[Float[Array, "voxel fine"], Float[Array, "voxel fine"]]
+    """Centres of the cells."""
     widths: Float[Array, "voxel 2"]
-    """Of the cells, in the same unit."""
     mass: Float[Array, "voxel fine fine"]
 
 
@@ -44,46 +42,48 @@ class Distances(NamedTuple):
     """Draws of the reference's posterior to its own: what not being Gaussian costs."""
 
 
-def follow(log_posterior: Float[Array, "voxel f k"], box: Box) -> Lattice:
-    """Interpolate a lattice posterior (log densities over (f, k), each up to a constant) to fine cells where its mass is."""
-    height = jnp.maximum(log_posterior - jnp.max(log_posterior, axis=(1, 2), keepdims=True), -1e4)
-    windows = [_window(jnp.max(height, axis=2 - axis)) for axis in (0, 1)]
-    steps = jnp.arange(N_FINE, dtype=jnp.float32) + 0.5
-    positions = [first[:, None] + (last - first)[:, None] * steps / N_FINE for first, last in windows]
-    fine = region.interpolate(height, (positions[0], positions[1]))
-    slope = [box.slope(axis, positions[axis]) for axis in (0, 1)]
-    mass = jnp.exp(fine - jnp.max(fine, axis=(1, 2), keepdims=True)) * slope[0][:, :, None] * slope[1][:, None]
-    last_point = [box.n_points[axis] - 1 for axis in (0, 1)]
-    widths = jnp.stack([(last - first) / N_FINE / last_point[axis] for axis, (first, last) in enumerate(windows)], axis=1)
-    places = positions[0] / last_point[0], positions[1] / last_point[1]
-    return Lattice(places, widths, mass / jnp.sum(mass, axis=(1, 2), keepdims=True))
+def follow(
+    log_posterior: Float[Array, "voxel f k"], box: Box, coordinate: Coordinate, power: Float[Array, ""] | None = None
+) -> Lattice:
+    """A lattice posterior on cells where its mass is: first all of it, then all but `LEFT_OUT` at each end; `power` as in `region.summarise`."""
+    misfit, outer = region.prepared(log_posterior, power)
+
+    def cells(windows: tuple[Window, Window]) -> Float[Array, "voxel fine fine"]:
+        z = [region.positions(window) for window in windows]
+        at = [coordinate.place(axis, z[axis]) * (box.n_points[axis] - 1) for axis in (0, 1)]
+        slope = [jnp.log(coordinate.slope(axis, z[axis])) for axis in (0, 1)]
+        height = region.from_misfit(region.interpolate(misfit, (at[0], at[1])), power) + slope[0][:, :, None] + slope[1][:, None]
+        mass = jnp.exp(height - jnp.max(height, axis=(1, 2), keepdims=True))
+        return mass / jnp.sum(mass, axis=(1, 2), keepdims=True)
+
+    wide = _in_z(outer[0], box, coordinate, 0), _in_z(outer[1], box, coordinate, 1)
+    mass = cells(wide)
+    close = _shrink(jnp.sum(mass, axis=2), wide[0]), _shrink(jnp.sum(mass, axis=1), wide[1])
+    widths = jnp.stack([(last - first) / region.N_FINE for first, last in close], axis=1)
+    return Lattice((region.positions(close[0]), region.positions(close[1])), widths, cells(close))
 
 
-def moments(lattice: Lattice, coordinate: Coordinate) -> Gaussian:
+def moments(lattice: Lattice) -> Gaussian:
     """Mean and covariance in the coordinate in which the encoder is Gaussian."""
-    z = [coordinate.from_place(axis, lattice.places[axis]) for axis in (0, 1)]
     marginal = jnp.sum(lattice.mass, axis=2), jnp.sum(lattice.mass, axis=1)
-    mean = jnp.stack([jnp.sum(marginal[axis] * z[axis], axis=1) for axis in (0, 1)], axis=1)
-    centred = [z[axis] - mean[:, axis, None] for axis in (0, 1)]
+    mean = jnp.stack([jnp.sum(marginal[axis] * lattice.z[axis], axis=1) for axis in (0, 1)], axis=1)
+    centred = [lattice.z[axis] - mean[:, axis, None] for axis in (0, 1)]
     variance = [jnp.sum(marginal[axis] * centred[axis] ** 2, axis=1) for axis in (0, 1)]
     mixed = jnp.sum(jnp.sum(lattice.mass * centred[1][:, None], axis=2) * centred[0], axis=1)
     spread = jnp.stack([jnp.stack([variance[0], mixed], 1), jnp.stack([mixed, variance[1]], 1)], 1)
     return Gaussian(mean, coordinates.root_of(spread))
 
 
-def draw_lattice(key: PRNGKeyArray, lattice: Lattice, coordinate: Coordinate, n_draws: int) -> Float[Array, "voxel draw 2"]:
+def draw_lattice(key: PRNGKeyArray, lattice: Lattice, n_draws: int) -> Float[Array, "voxel draw 2"]:
     """Draws (in z) of a lattice posterior, even within its cells."""
     choice, within = jax.random.split(key)
     flat = jnp.cumsum(lattice.mass.reshape(len(lattice.mass), -1), axis=1)
     level = jax.random.uniform(choice, (len(flat), n_draws)) * flat[:, -1:]
-    cell = jax.vmap(jnp.searchsorted)(flat, level).clip(0, N_FINE**2 - 1)
-    index = cell // N_FINE, cell % N_FINE
+    cell = jax.vmap(jnp.searchsorted)(flat, level).clip(0, region.N_FINE**2 - 1)
+    index = cell // region.N_FINE, cell % region.N_FINE
     jitter = jax.random.uniform(within, (2, len(flat), n_draws), minval=-0.5, maxval=0.5)
-    place = [
-        jnp.take_along_axis(lattice.places[axis], index[axis], 1) + jitter[axis] * lattice.widths[:, axis, None]
-        for axis in (0, 1)
-    ]
-    return jnp.stack([coordinate.from_place(axis, jnp.clip(place[axis], 0.0, 1.0)) for axis in (0, 1)], axis=-1)
+    z = [jnp.take_along_axis(lattice.z[axis], index[axis], 1) + jitter[axis] * lattice.widths[:, axis, None] for axis in (0, 1)]
+    return jnp.stack(z, axis=-1)
 
 
 def draw(key: PRNGKeyArray, posterior: Gaussian, n_draws: int) -> Float[Array, "voxel draw 2"]:
@@ -100,11 +100,11 @@ def mahalanobis(z: Float[Array, "voxel draw 2"], posterior: Gaussian) -> Float[A
     return jnp.sqrt(jnp.sum(whitened**2, axis=-1))
 
 
-def compare(key: PRNGKeyArray, encoder: Gaussian, reference: Lattice, coordinate: Coordinate, n_draws: int = 200) -> Distances:
+def compare(key: PRNGKeyArray, encoder: Gaussian, reference: Lattice, n_draws: int = 200) -> Distances:
     """Both ways, and the reference against itself."""
     first, second = jax.random.split(key)
-    known = moments(reference, coordinate)
-    of_reference = draw_lattice(second, reference, coordinate, n_draws)
+    known = moments(reference)
+    of_reference = draw_lattice(second, reference, n_draws)
     return Distances(
         mahalanobis(draw(first, encoder, n_draws), known), mahalanobis(of_reference, encoder), mahalanobis(of_reference, known)
     )
@@ -136,10 +136,14 @@ def contrast_to_uncertainty(first: Float[Array, "voxel draw"], second: Float[Arr
     return jnp.abs(difference) / jnp.sqrt(0.5 * (jnp.var(first) + jnp.var(second)))
 
 
-def _window(profile: Float[Array, "voxel n"]) -> tuple[Float[Array, " voxel"], Float[Array, " voxel"]]:
-    """First and last lattice step of what is within reach of the peak, and one step beyond."""
-    n = profile.shape[1]
-    alive = profile > -REACH
-    first = jnp.argmax(alive, axis=1) - 1.0
-    last = n - jnp.argmax(alive[:, ::-1], axis=1) + 0.0
-    return jnp.maximum(first, 0.0).astype(jnp.float32), jnp.minimum(last, n - 1.0).astype(jnp.float32)
+def _in_z(window: Window, box: Box, coordinate: Coordinate, axis: int) -> Window:
+    """A window in lattice steps, in z."""
+    first, last = (coordinate.from_place(axis, end / (box.n_points[axis] - 1)) for end in window)
+    return first, last
+
+
+def _shrink(marginal: Float[Array, "voxel fine"], window: Window) -> Window:
+    """The window that holds what matters, a twentieth wider on either side."""
+    first, last = region.quantile(marginal, window, LEFT_OUT), region.quantile(marginal, window, 1 - LEFT_OUT)
+    margin = 0.05 * (last - first) + 1e-4
+    return jnp.maximum(first - margin, window[0]), jnp.minimum(last + margin, window[1])

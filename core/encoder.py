@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from scansteer.core import coordinate as coordinates
 from scansteer.core import signal_basis
 from scansteer.core.coordinate import Coordinate
-from scansteer.core.likelihood import Noise
+from scansteer.core.likelihood import LEAST_AMPLITUDE, Noise, held
 from scansteer.core.signal_basis import Basis, Table
 
 N_ANCHORS = 8
@@ -396,11 +396,11 @@ def _collapse(
                 a[i, k] = a[i, k] - factor * a[k, j]
     power = jnp.maximum(a[0, 0], 1e-12)
     step = rhs[0] / power
-    amplitude = base + step
+    amplitude, excess = held(base + step, power, LEAST_AMPLITUDE * jnp.sqrt(implied))
     # nuisances fit what `base` times their columns leaves out as well: they were projected out of both sides alike
-    residual = jnp.maximum(left - rhs[0] * step, 0.0)
+    residual = jnp.maximum(left - rhs[0] * step, 0.0) + excess
     # two factors to a logarithm: more might overflow
-    logs = [*logs, power * jnp.maximum(amplitude, _TINY) ** 2]
+    logs = [*logs, power * amplitude**2]
     log_occam = sum(jnp.log(prod(logs[i : i + 2])) for i in range(0, len(logs), 2))
     log_likelihood = (
         -0.5 * log_occam - 0.5 * (n - 1) * jnp.log(variance) - 0.5 * (dof + n - 1) * jnp.log1p(residual / (dof * variance))
@@ -409,7 +409,7 @@ def _collapse(
 
 
 N_CONTEXT = 4
-_TINY = 1e-9  # an amplitude that is not positive has no likelihood to speak of
+_TINY = 1e-9  # an implied amplitude that is not positive
 _LONGEST_STEP = 4.0
 _FLATTEST = 0.15
 

@@ -29,6 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+LEAST_AMPLITUDE = 0.1
+"""Of the amplitude that a cell implies without nuisances: less than this they may not leave of it."""
+
 
 class Sums(eqx.Module):
     """Sufficient statistics of the images so far, of a block of voxels that share their columns.
@@ -118,9 +121,9 @@ def fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None =
         linear = _total(along * mixed for along, mixed in zip(t, factor.mixed, strict=True))
         square = jnp.sum(shift**2, axis=0) - ridge * _total(along**2 for along in t)
         power = power + ridge * (2 * linear + square)
-    amplitude = rhs / power
-    residual = jnp.maximum(sums.energy - _total([jnp.zeros(()), *(each**2 for each in y[1:])]) - rhs * amplitude, 0.0)
-    occam = factor.determinant * power * jnp.maximum(amplitude, _TINY) ** 2
+    amplitude, excess = held(rhs / power, power, LEAST_AMPLITUDE * jnp.sqrt(factor.implied))
+    residual = jnp.maximum(sums.energy - _total([jnp.zeros(()), *(each**2 for each in y[1:])]) - rhs * (rhs / power), 0.0) + excess
+    occam = factor.determinant * power * amplitude**2
     log_likelihood = _student(occam, factor.variance, residual, noise.dof, sums.n_images)
     return _mix(log_likelihood, residual.astype(jnp.float32), amplitude.astype(jnp.float32))
 
@@ -140,6 +143,8 @@ class _Factor(NamedTuple):
     """(nuisance, ..): W X'F."""
     determinant: Array
     """det(A) / ridge^p."""
+    implied: Array
+    """Square of the amplitude that a cell implies by itself, F'S / F'F."""
     ridge: Array
     variance: Array
 
@@ -168,7 +173,17 @@ def _factor(sums: Sums, noise: Noise) -> _Factor:
     whiten = jnp.stack([jnp.stack(row) for row in w])
     mixed = jnp.stack([_total(w[j][i] * gram[i][0] for i in range(j, n)) for j in range(1, n)]) if n > 1 else jnp.zeros((0, *ridge.shape))
     # the barrier has all this computed once per cell, not once per voxel inside a fused loop
-    return _Factor(*jax.lax.optimization_barrier((whiten, a[0][0], mixed, determinant, ridge, variance)))
+    return _Factor(*jax.lax.optimization_barrier((whiten, a[0][0], mixed, determinant, implied, ridge, variance)))
+
+
+def held(amplitude: Array, power: Array, least: Array) -> tuple[Array, Array]:
+    """The amplitude, held at `least`, and by how much that makes the residual larger.
+
+    The prior 1/a and the ridge both assume an amplitude like the one that the cell implies. Where nuisances explain a voxel almost without its
+    signal, down to amplitudes that are not positive, 1/a would make such a cell the most probable of all.
+    """
+    short = jnp.maximum(least - amplitude, 0.0)
+    return amplitude + short, power * short**2
 
 
 def _student(occam: Array, variance: Array, residual: Array, dof: Array, n: Array) -> Array:
@@ -191,4 +206,4 @@ def _log(x: Array) -> Array:
     return jnp.log(x.astype(jnp.float32))
 
 
-_TINY = 1e-9  # an amplitude that is not positive has no likelihood to speak of
+_TINY = 1e-9  # an implied amplitude that is not positive

@@ -57,14 +57,12 @@ def summarise(
     power
         Of a Student-t: the density is misfit^(-power / 2), power = degrees of freedom behind the noise + images - 1; none: Gaussian.
     """
-    log_posterior = jnp.maximum(log_posterior - jnp.max(log_posterior, axis=(1, 2), keepdims=True), _FLOOR)
-    misfit = to_misfit(log_posterior, power)
-    outer = _window(log_posterior, misfit, power)
+    misfit, outer = prepared(log_posterior, power)
     wide, area = from_misfit(_zoom(misfit, outer), power), _cell_areas(outer, box)
     mass = _mass(wide, area)
     marginals = jnp.sum(mass, axis=2), jnp.sum(mass, axis=1)
     edges = [_edge_mass(marginal, outer[axis], box, axis) for axis, marginal in enumerate(marginals)]
-    prior = [(_weights(_positions(outer[axis]), box.n_points[axis]) @ log_prior[axis]) for axis in (0, 1)]
+    prior = [(_weights(positions(outer[axis]), box.n_points[axis]) @ log_prior[axis]) for axis in (0, 1)]
     anytime = _anytime_area(wide, prior[0][:, :, None] + prior[1][:, None], area)
     inner = _shrink(marginals[0], outer[0], box.n_points[0]), _shrink(marginals[1], outer[1], box.n_points[1])
     density = from_misfit(_zoom(misfit, inner), power)
@@ -94,6 +92,15 @@ def from_misfit(misfit: Float[Array, "..."], power: Float[Array, ""] | None) -> 
 
 _LARGEST_EXPONENT = 60.0  # exp of it is still a number in single precision
 _SMALLEST_MISFIT = 1e-6  # of what the best lattice point has: beyond a lattice's reach
+
+
+def prepared(
+    log_posterior: Float[Array, "voxel f k"], power: Float[Array, ""] | None
+) -> tuple[Float[Array, "voxel f k"], tuple[Window, Window]]:
+    """What is to be interpolated (see `to_misfit`), and a window that holds all the mass."""
+    log_posterior = jnp.maximum(log_posterior - jnp.max(log_posterior, axis=(1, 2), keepdims=True), _FLOOR)
+    misfit = to_misfit(log_posterior, power)
+    return misfit, _window(log_posterior, misfit, power)
 
 
 def _window(log_posterior: Array, misfit: Array, power: Array | None) -> tuple[Window, Window]:
@@ -142,8 +149,8 @@ def _lattice_window(log_posterior: Array) -> tuple[Window, Window]:
     return windows[0], windows[1]
 
 
-def _positions(window: Window) -> Float[Array, "voxel fine"]:
-    """Centres of the fine cells, in lattice steps."""
+def positions(window: Window) -> Float[Array, "voxel fine"]:
+    """Centres of the fine cells, in the window's unit."""
     first, last = window
     return first[:, None] + (last - first)[:, None] * (jnp.arange(N_FINE, dtype=jnp.float32) + 0.5) / N_FINE
 
@@ -185,7 +192,7 @@ def interpolate(values: Float[Array, "voxel f k"], positions: tuple[Array, Array
 
 
 def _zoom(values: Array, windows: tuple[Window, Window]) -> Float[Array, "voxel fine fine"]:
-    return interpolate(values, (_positions(windows[0]), _positions(windows[1])))
+    return interpolate(values, (positions(windows[0]), positions(windows[1])))
 
 
 def _mass(log_density: Float[Array, "voxel fine fine"], area: Float[Array, "voxel fine fine"]) -> Float[Array, "voxel fine fine"]:
@@ -195,7 +202,7 @@ def _mass(log_density: Float[Array, "voxel fine fine"], area: Float[Array, "voxe
 
 def _cell_areas(windows: tuple[Window, Window], box: Box) -> Float[Array, "voxel fine fine"]:
     """[f x 1/s]; cells of equal width in lattice steps differ in f and k."""
-    sides = [box.slope(axis, _positions(window)) * ((window[1] - window[0]) / N_FINE)[:, None] for axis, window in enumerate(windows)]
+    sides = [box.slope(axis, positions(window)) * ((window[1] - window[0]) / N_FINE)[:, None] for axis, window in enumerate(windows)]
     return sides[0][:, :, None] * sides[1][:, None]
 
 
@@ -206,8 +213,8 @@ def _cdf_at(marginal: Float[Array, "voxel fine"], window: Window, position: Floa
     return jnp.sum(marginal * jnp.clip(cells[:, None] - jnp.arange(N_FINE), 0.0, 1.0), axis=1)
 
 
-def _quantile(marginal: Float[Array, "voxel fine"], window: Window, p: float) -> Float[Array, " voxel"]:
-    """Position [lattice steps] below which the mass is p, linear within cells."""
+def quantile(marginal: Float[Array, "voxel fine"], window: Window, p: float) -> Float[Array, " voxel"]:
+    """Position, in the window's unit, below which the mass is p, linear within cells."""
     first, last = window
     cdf = jnp.cumsum(marginal, axis=1)
     cell = jnp.argmax(cdf >= p, axis=1)
@@ -226,7 +233,7 @@ def _edge_mass(marginal: Array, window: Window, box: Box, axis: int) -> Float[Ar
 
 def _shrink(marginal: Array, window: Window, n: int) -> Window:
     """The window that holds all but 2 x 3e-4 of the marginal, a tenth wider on either side."""
-    first, last = _quantile(marginal, window, 3e-4), _quantile(marginal, window, 1 - 3e-4)
+    first, last = quantile(marginal, window, 3e-4), quantile(marginal, window, 1 - 3e-4)
     margin = jnp.maximum(0.05 * (last - first), 1e-3)
     return jnp.maximum(first - margin, 0.0), jnp.minimum(last + margin, n - 1.0)
 
@@ -263,7 +270,7 @@ def _describe(log_density: Array, windows: tuple[Window, Window], box: Box, *, a
     area = _cell_areas(windows, box)
     mass = _mass(log_density, area)
     marginals = jnp.sum(mass, axis=2), jnp.sum(mass, axis=1)
-    values = jnp.stack([box.value(axis, _positions(window)) for axis, window in enumerate(windows)], axis=1)  # (voxel, 2, fine)
+    values = jnp.stack([box.value(axis, positions(window)) for axis, window in enumerate(windows)], axis=1)  # (voxel, 2, fine)
     mean = jnp.stack([jnp.sum(m * values[:, axis], axis=1) for axis, m in enumerate(marginals)], axis=1)
     centred = values - mean[:, :, None]
     variance = [jnp.sum(m * centred[:, axis] ** 2, axis=1) for axis, m in enumerate(marginals)]
@@ -275,8 +282,8 @@ def _describe(log_density: Array, windows: tuple[Window, Window], box: Box, *, a
         map=jnp.take_along_axis(values, cells[:, :, None], axis=2)[:, :, 0],
         mean=mean,
         covariance=covariance,
-        lower=jnp.stack([box.value(i, _quantile(marginals[i], windows[i], 0.025)) for i in (0, 1)], 1),
-        upper=jnp.stack([box.value(i, _quantile(marginals[i], windows[i], 0.975)) for i in (0, 1)], 1),
+        lower=jnp.stack([box.value(i, quantile(marginals[i], windows[i], 0.025)) for i in (0, 1)], 1),
+        upper=jnp.stack([box.value(i, quantile(marginals[i], windows[i], 0.975)) for i in (0, 1)], 1),
         cr_area=_hpd_area(log_density, mass, area),
         anytime_area=anytime_area,
         edge_mass=edge_mass,

@@ -234,7 +234,7 @@ class Encoded:
         if self._history is not None:
             self._history.append((np.asarray(expected), signal, noise))
         self._sampled = self._reference.learn(expected, signal[self._audited], noise)
-        self.audit = self._judge(answer.posterior)
+        self.audit = self._judge(answer.posterior, noise)
         apart = self._n_images >= FIRST_AUDITED and _disagree(self.audit)
         self.veto = None
         return self._hand_over(answer.info) if apart else answer.info
@@ -273,22 +273,23 @@ class Encoded:
         self._volume.close()
         self._reference.close()
 
-    def _judge(self, posterior: Gaussian) -> Audit:
+    def _judge(self, posterior: Gaussian, noise: NoiseEstimate) -> Audit:
         """Encoder against reference on the audited voxels; always the same number, the last one repeated."""
         n = len(self._audited)
         rows = np.minimum(np.arange(N_AUDITED), n - 1)
         ours = jax.tree.map(lambda leaf: leaf[self._audited[rows]], posterior)
-        m1, m2 = (np.asarray(each)[:n] for each in self._compare(self._key(), ours, self._reference.log_posterior(rows)))
+        power = np.float64(noise.dof + self._n_images - 1)
+        m1, m2 = (np.asarray(each)[:n] for each in self._compare(self._key(), ours, self._reference.log_posterior(rows), power))
         over = max(float(np.mean(m1 > agreement.TOO_FAR)), float(np.mean(m2 > agreement.TOO_FAR)))
         return Audit(n_voxels=n, m1_median=_bounded(np.median(m1)), m2_median=_bounded(np.median(m2)), fraction_over_4=over)
 
     def _key(self) -> jax.Array:
         return jax.random.fold_in(jax.random.PRNGKey(self._seed), self._n_images)
 
-    def _distances(self, key, ours: Gaussian, log_posterior):
+    def _distances(self, key, ours: Gaussian, log_posterior, power):
         box = self.prior.box
-        lattice = agreement.follow(log_posterior.reshape(-1, *box.n_points), box)
-        distances = agreement.compare(key, ours, lattice, self._coordinate, N_DRAWS)
+        lattice = agreement.follow(log_posterior.reshape(-1, *box.n_points), box, self._coordinate, power)
+        distances = agreement.compare(key, ours, lattice, N_DRAWS)
         return distances.m1, distances.m2
 
     def _hand_over(self, info: Info) -> Info:
@@ -312,7 +313,7 @@ class Encoded:
         """Compile the comparison."""
         n_cells = self.prior.box.n_cells
         ours = Gaussian(np.zeros((N_AUDITED, 2), np.float32), np.tile(np.array([1, 0, 1], np.float32), (N_AUDITED, 1)))  # pyright: ignore[reportArgumentType]
-        jax.block_until_ready(self._compare(jax.random.PRNGKey(0), ours, np.zeros((N_AUDITED, n_cells), np.float32)))
+        jax.block_until_ready(self._compare(jax.random.PRNGKey(0), ours, np.zeros((N_AUDITED, n_cells), np.float32), np.float64(10.0)))
 
 
 def sampled(regions: Sequence[Int[np.ndarray, " voxel"]], rng: np.random.Generator) -> Int[np.ndarray, " voxel"]:

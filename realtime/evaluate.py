@@ -131,7 +131,7 @@ def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
         info = reference.learn(expected, signal, noise)
         played += 1
         answer = volume.absorb(np.asarray(expected), signal, noise)
-        distances = _distances(compare, jax.random.fold_in(jax.random.PRNGKey(seed), n), answer.posterior, info, reference)
+        distances = _distances(compare, jax.random.fold_in(jax.random.PRNGKey(seed), n), answer.posterior, info, reference, noise.dof + n - 1)
         yield row(n, scan.parameter_names, answer, info, distances, volume.nrmse_at(info.summary.map, noise))
     reference.close()
     volume.close()
@@ -204,12 +204,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def _comparison(reference: Reference, trained: Trained):
     box, coordinate = reference.prior.box, trained.encoder.coordinate
 
-    def compare(key, ours: Gaussian, log_posterior, mean, covariance) -> dict[str, jax.Array]:
-        lattice = agreement.follow(log_posterior.reshape(-1, *box.n_points), box)
-        distances = agreement.compare(key, ours, lattice, coordinate, N_DRAWS)
+    def compare(key, ours: Gaussian, log_posterior, power, mean, covariance) -> dict[str, jax.Array]:
+        lattice = agreement.follow(log_posterior.reshape(-1, *box.n_points), box, coordinate, power)
+        distances = agreement.compare(key, ours, lattice, N_DRAWS)
         first, second = jax.random.split(jax.random.fold_in(key, 1))
         mine = _values(coordinate, agreement.draw(first, ours, N_DRAWS))
-        theirs = _values(coordinate, agreement.draw_lattice(second, lattice, coordinate, N_DRAWS))
+        theirs = _values(coordinate, agreement.draw_lattice(second, lattice, N_DRAWS))
         centred = mine - jnp.mean(mine, axis=1, keepdims=True)
         spread = jnp.einsum("vdi,vdj->vij", centred, centred) / (N_DRAWS - 1)
         m1_fk, m2_fk = _mahalanobis(mine, mean, covariance), _mahalanobis(theirs, jnp.mean(mine, axis=1), spread)
@@ -218,7 +218,7 @@ def _comparison(reference: Reference, trained: Trained):
     return jax.jit(compare)
 
 
-def _distances(compare, key, posterior: Gaussian, info: Info, reference: Reference) -> dict[str, np.ndarray]:
+def _distances(compare, key, posterior: Gaussian, info: Info, reference: Reference, power: float) -> dict[str, np.ndarray]:
     """In chunks of one size, the last one padded."""
     n = len(posterior.mean)
     parts = []
@@ -230,6 +230,7 @@ def _distances(compare, key, posterior: Gaussian, info: Info, reference: Referen
             jax.random.fold_in(key, start),
             ours,
             jnp.asarray(reference.log_posterior(rows)),
+            jnp.asarray(power),
             *(jnp.asarray(leaf[rows]) for leaf in (summary.mean, summary.covariance)),
         )
         parts.append({name: np.asarray(value)[: min(CHUNK, n - start)] for name, value in each.items()})

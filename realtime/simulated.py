@@ -167,8 +167,9 @@ class Simulator:
             nodes, signal = now
             sums = likelihood.update(sums, lattice.upsample(nodes, box.n_points), signal)
             log_posterior = likelihood.fit(sums, noise).log_likelihood.T + self.model.prior.on_cells()
-            followed = agreement.follow(log_posterior.reshape(-1, *box.n_points), box)
-            return sums, agreement.moments(followed, self.coordinate)
+            power = noise.dof + sums.n_images - 1
+            followed = agreement.follow(log_posterior.reshape(-1, *box.n_points), box, self.coordinate, power)
+            return sums, agreement.moments(followed)
 
         sums = likelihood.init(GROUP, n_mixture, n_columns, box.n_cells)
         return jax.lax.scan(image, sums, (columns, signals))[1]

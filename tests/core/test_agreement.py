@@ -29,17 +29,17 @@ def on_lattice(posterior: Gaussian):
     return (ratio + 0.5 * jnp.sum(z**2, axis=-1) + PRIOR.on_cells()).reshape(-1, 64, 64)
 
 
-LATTICE = agreement.follow(on_lattice(POSTERIOR), PRIOR.box)
+LATTICE = agreement.follow(on_lattice(POSTERIOR), PRIOR.box, COORDINATE)
 
 
 def test_moments_of_a_lattice_are_those_of_its_gaussian():
-    found = agreement.moments(LATTICE, COORDINATE)
+    found = agreement.moments(LATTICE)
     np.testing.assert_allclose(coordinates.whiten(found.mean - POSTERIOR.mean, POSTERIOR.root), 0.0, atol=0.03)  # cubic in the lattice's steps
     np.testing.assert_allclose(found.root, POSTERIOR.root, rtol=0.05, atol=0.005)
 
 
 def test_a_perfect_match_has_the_median_of_chi():
-    distances = jax.jit(lambda key: agreement.compare(key, POSTERIOR, LATTICE, COORDINATE, 4000))(jax.random.PRNGKey(0))
+    distances = jax.jit(lambda key: agreement.compare(key, POSTERIOR, LATTICE, 4000))(jax.random.PRNGKey(0))
     for each in distances:
         np.testing.assert_allclose(np.median(each, axis=1), 1.177, rtol=0.04)
         assert np.mean(each > agreement.TOO_FAR) < 2e-3
@@ -47,7 +47,7 @@ def test_a_perfect_match_has_the_median_of_chi():
 
 def test_a_shifted_posterior_is_found_out():
     shifted = Gaussian(POSTERIOR.mean + 3 * POSTERIOR.root[:, :1], POSTERIOR.root)
-    distances = agreement.compare(jax.random.PRNGKey(0), shifted, LATTICE, COORDINATE, 400)
+    distances = agreement.compare(jax.random.PRNGKey(0), shifted, LATTICE, 400)
     assert np.median(distances.m1) > 2.5
     assert np.median(distances.m2) > 2.5
 

@@ -127,3 +127,17 @@ def test_noise_in_pixel_units_does_not_bias_the_fraction():
     weight = jax.nn.softmax(fit.log_likelihood, axis=0)
     mean = np.array(weight.T @ f)
     assert abs(mean.mean() - 1.0) < 0.04  # without the normaliser: +0.1 and more
+
+
+def test_a_cell_whose_nuisances_leave_nothing_of_the_amplitude_is_improbable():
+    rng = np.random.default_rng(5)
+    signal = rng.uniform(0.3, 0.9, N_IMAGES)
+    nuisance = 0.5 * signal + 0.1 * rng.standard_normal(N_IMAGES)
+    columns = np.broadcast_to(np.stack([signal, nuisance], axis=1)[..., None], (N_IMAGES, 2, N_CELLS))
+    per_nuisance = (signal @ signal) / (nuisance @ signal)
+    # all of the same brightness, explained by ever less of the signal and ever more of the nuisance
+    shares = np.array([1.0, 0.1, 0.0, -0.1, -0.3])
+    seen = 1000.0 * (shares * signal[:, None] + (1 - shares) * nuisance[:, None] * per_nuisance)
+    fit = FIT(absorbed(columns, seen), noise())
+    assert np.all(np.diff(fit.log_likelihood[0, 1:]) < -10)  # a tenth of the amplitude is the least that is believed
+    assert np.all(fit.amplitude > 0)
