@@ -2,6 +2,7 @@
 
     python benchmarks/promises.py real  [SCAN ...]                 replays; the scans lie in the folder SCANSTEER_DATA (default ../shared/data)
     python benchmarks/promises.py loops SCAN [RUNS] [WORLD ...]    single voxels drawn from the priors, scanned adaptively until they may stop
+    python benchmarks/promises.py steering SCAN [DRAWS] [SEED]     scenes of six voxels to the published schedule's last area: what steering saves
 
 Errors of a real scan are against its own last image. For "moves as it says", z = (theta_n - theta_30) / sqrt(V_n - V_30) should have an rms
 of 1; V is that of a normal with the width of the 95 % interval. Voxels whose V shrank by less than a twentieth since n have no z, and are counted.
@@ -12,7 +13,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +23,14 @@ import numpy as np
 from rich.progress import Progress
 
 from scansteer.protocols.prospect import Prospect
-from scansteer.protocols.scan import Scan, load
+from scansteer.protocols.scan import SaturationBlock, Scan, load
 from scansteer.realtime.images import Frame
 from scansteer.realtime.messages import Decision
 from scansteer.realtime.session import Session
 from scansteer.realtime.sources import open_source
 from scansteer.realtime.worker import Setup
-from scansteer.simulators import study, world
+from scansteer.simulators import closed_loop, schedules, study, world
+from scansteer.simulators.closed_loop import Trace
 from scansteer.simulators.follower import Follower
 
 DATA = Path(os.environ.get("SCANSTEER_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -138,10 +142,46 @@ def loops(name: str, runs: int = 200, *worlds: str) -> None:
             print(f"{each}: {said} ({time.process_time() - begun:.0f} s of CPU)", flush=True)
 
 
+def steering(name: str, draws: int = 500, seed: int = 0) -> None:
+    """Print who needs how many images and seconds."""
+    scan = load(name)
+    begun = time.process_time()
+    with Progress(disable=True) as progress, ThreadPoolExecutor(2) as pool:
+        shared = study.Study(scan, Prospect(scan), Follower(scan, world.mapped_auxiliaries(scan)), seed)
+        optimised = study.optimised(shared, len(scan.schedule) + 1, schedules.N_RESTARTS, progress)
+        both = list(pool.map(partial(_steered_or_not, shared, optimised), range(draws)))
+    found = study.compared({each: [traces[each] for traces in both] for each in both[0]}, seed)
+    print(f"\n## {name}: {draws} scenes, seed {seed} ({time.process_time() - begun:.0f} s of CPU)\n")
+    for each, what in found.items():
+        for key, value in what.items() if isinstance(what, dict) else [("", what)]:
+            print(each, key, _rounded(value), flush=True)
+
+
+def _steered_or_not(shared: study.Study, optimised: Sequence[SaturationBlock], number: int) -> dict[str, Trace]:
+    """The published schedule in full, the others until they know as much."""
+    scene = world.digital(shared.scan, study.N_VOXELS, (shared.seed, number))
+    scanned = partial(closed_loop.run, scene, shared.follower, shared.prospect)
+    published = scanned(schedules.published(shared.scan), closed_loop.Fixed())
+    target = float(np.median(published.area[-1]))
+    steer = closed_loop.Adaptive(shared.follower, shared.prospect, scene)
+    return {
+        "published": published,
+        "optimised": scanned(optimised, closed_loop.Fixed(), until_area=target),
+        "adaptive": scanned(optimised, steer, until_area=target),
+    }
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return round(value, 3) if isinstance(value, float) else value
+
+
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["real"]
-    if what == "loops":
-        loops(rest[0], *(int(each) if each.isdigit() else each for each in rest[1:]))  # type: ignore[arg-type]
+    if what in ("loops", "steering"):
+        run = loops if what == "loops" else steering
+        run(rest[0], *(int(each) if each.isdigit() else each for each in rest[1:]))  # type: ignore[arg-type]
     else:
         for scan_name in rest or FILES:
             real(scan_name)

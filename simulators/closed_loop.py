@@ -89,6 +89,7 @@ def run(
     choice: Fixed | Adaptive,
     *,
     until_stop: bool = False,
+    until_area: float = 0.0,
 ) -> Trace:
     """Scan a scene.
 
@@ -100,6 +101,8 @@ def run(
         Replaces blocks of it.
     until_stop
         End where all voxels may stop, by the scan's own rule; otherwise go on to the schedule's end.
+    until_area
+        End also where the voxels' median confidence-region area has come down to this.
     """
     scanner, course = Scanner(scene), prospect.begin()
     followed = follower.begin(dict(scene.maps), scene.n_voxels)
@@ -125,7 +128,7 @@ def run(
         blocks.append(block)
         advices.append(advice)
         vetoes.append(not fit.passed)
-        if until_stop and verdict.stop:
+        if (until_stop and verdict.stop) or np.median(info.summary.cr_area) <= until_area:
             break
         if number + 1 < len(schedule):
             block = advice.block if advice is not None and advice.block is not None else schedule[number + 1]

@@ -81,12 +81,12 @@ def run_study(
 def _compare(study: Study, repeats: int, n_restarts: int, pool: ThreadPoolExecutor, progress: Progress) -> dict[str, list[Trace]]:
     """Every schedule on the same phantoms, noise included."""
     approved = schedules.published(study.scan)
-    optimised = _optimised(study, len(approved), n_restarts, progress)
+    best = optimised(study, len(approved), n_restarts, progress)
     make: dict[str, Callable[[Scene, np.random.Generator], Sequence[SaturationBlock]]] = {
         "published": lambda scene, rng: approved,
         "random": lambda scene, rng: schedules.random(study.prospect, len(approved), rng),
-        "optimised": lambda scene, rng: optimised,
-        "adaptive": lambda scene, rng: approved,
+        "optimised": lambda scene, rng: best,
+        "adaptive": lambda scene, rng: best,
         "oracle": lambda scene, rng: _oracle(study, scene, len(approved), rng),
     }
 
@@ -99,10 +99,11 @@ def _compare(study: Study, repeats: int, n_restarts: int, pool: ThreadPoolExecut
     return {name: _all(partial(one, name), range(repeats), f"phantoms, {name}", pool, progress) for name in make}
 
 
-def _optimised(study: Study, n_images: int, n_restarts: int, progress: Progress) -> list[SaturationBlock]:
+def optimised(study: Study, n_images: int, n_restarts: int, progress: Progress) -> list[SaturationBlock]:
+    """The fixed schedule that is best for tissues drawn from the scan's priors, which is all that the adaptive choice knows beforehand."""
     task = progress.add_task("optimise a schedule", total=n_restarts)
     rng = np.random.default_rng((study.seed, 2))
-    scenes = [world.digital(study.scan, N_VOXELS, (study.seed, 10_000 + number)) for number in range(-(-N_DRAWS // N_VOXELS))]
+    scenes = [world.from_priors(study.scan, N_VOXELS, (study.seed, 10_000 + number)) for number in range(-(-N_DRAWS // N_VOXELS))]
     draws = schedules.draws_at(study.prospect, np.concatenate([_shares(scene) for scene in scenes]), _relative_noise(scenes))
     return schedules.optimise(study.prospect, draws, n_images, rng, n_restarts, partial(progress.advance, task))
 
@@ -161,8 +162,6 @@ def _reached(trace: Trace, target: float) -> Reached:
 
 
 def _summary(study: Study, repeats: int, traces: dict[str, list[Trace]], loops: dict[str, list[Trace]]) -> dict[str, Any]:
-    targets = [float(np.median(trace.area[-1])) for trace in traces["published"]]
-    reached = {name: [_reached(trace, target) for trace, target in zip(each, targets, strict=True)] for name, each in traces.items()}
     as_described = loops.get("as described", [])
     return {
         "scan": study.scan.name,
@@ -171,20 +170,26 @@ def _summary(study: Study, repeats: int, traces: dict[str, list[Trace]], loops: 
         "seed": study.seed,
         "mapped": list(study.follower.mapped),
         "target": "median confidence-region area of (unsaturated image + published schedule) at its end, phantom by phantom",
-        "schedules": {name: _of_schedule(traces[name], each) for name, each in reached.items()},
-        "adaptive_over_optimised": {
-            "images": _ratio(reached, "images", study.seed),
-            "seconds": _ratio(reached, "seconds", study.seed),
-        },
-        "adaptive_over_published": {
-            "images": _ratio(reached, "images", study.seed, "published"),
-            "seconds": _ratio(reached, "seconds", study.seed, "published"),
-        },
-        "design_gain_images": _mean(one.images - other.images for one, other in zip(reached["published"], reached["adaptive"], strict=True)),
-        "stop_gain_images": _mean(len(study.scan.schedule) + 1 - trace.stopped_at for trace in traces["published"] if trace.stopped_at),
+        **compared(traces, study.seed),
         "decisions_with_suggestion": _mean(advice.block is not None for trace in traces["adaptive"] for advice in trace.advice if advice),
         "worlds": {name: of_world(each, len(study.scan.schedule)) for name, each in loops.items()},
         "anytime_ever_miss": _mean(bool(np.any(trace.log_ratio < np.log(ANYTIME_LEVEL))) for trace in as_described),
+    }
+
+
+def compared(traces: dict[str, list[Trace]], seed: int) -> dict[str, Any]:
+    """Who needs how many images and seconds to the area that `published` has at its end; traces of one place belong to the same phantom."""
+    targets = [float(np.median(trace.area[-1])) for trace in traces["published"]]
+    reached = {name: [_reached(trace, target) for trace, target in zip(each, targets, strict=True)] for name, each in traces.items()}
+    ratios = {
+        f"adaptive_over_{other}": {what: _ratio(reached, what, seed, other) for what in ("images", "seconds")}
+        for other in ("optimised", "published")
+    }
+    return {
+        "schedules": {name: _of_schedule(traces[name], each) for name, each in reached.items()},
+        **ratios,
+        "design_gain_images": _mean(one.images - other.images for one, other in zip(reached["published"], reached["adaptive"], strict=True)),
+        "stop_gain_images": _mean(len(trace.blocks) - trace.stopped_at for trace in traces["published"] if trace.stopped_at),
     }
 
 
@@ -217,7 +222,7 @@ def of_world(traces: Sequence[Trace], n_planned: int) -> dict[str, Any]:
     }
 
 
-def _ratio(reached: dict[str, list[Reached]], what: str, seed: int, other: str = "optimised") -> dict[str, float]:
+def _ratio(reached: dict[str, list[Reached]], what: str, seed: int, other: str) -> dict[str, float]:
     """Mean over mean, and the upper 95 % bound of a bootstrap over phantoms (pairs are kept)."""
     ours, theirs = (np.array([getattr(each, what) for each in reached[name]], float) for name in ("adaptive", other))
     picks = np.random.default_rng((seed, 4)).integers(len(ours), size=(N_BOOTSTRAP, len(ours)))

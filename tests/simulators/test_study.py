@@ -83,7 +83,16 @@ def test_images_to_target_are_counted_from_one_and_are_all_where_it_is_never_rea
 def test_ratios_compare_like_with_like():
     """Adaptive needs half of what optimised does on every phantom: then so says every bootstrap sample."""
     few, many = ([study.Reached(n, 4.0 * n, (0, 0), True) for n in counts] for counts in ((2, 4, 8), (4, 8, 16)))
-    assert study._ratio({"adaptive": few, "optimised": many}, "images", 0) == {"ratio": 0.5, "upper_95": 0.5}
+    assert study._ratio({"adaptive": few, "optimised": many}, "images", 0, "optimised") == {"ratio": 0.5, "upper_95": 0.5}
+
+
+def test_schedules_are_compared_where_each_knows_as_much_as_the_published_one_at_its_end():
+    published, optimised, adaptive = a_trace([8, 4, 2, 1], [0] * 4, stopped_at=3), a_trace([4, 2, 1], [0] * 3), a_trace([2, 0.5], [0] * 2)
+    found = study.compared({"published": [published] * 3, "optimised": [optimised] * 3, "adaptive": [adaptive] * 3}, 0)
+    assert [found["schedules"][name]["images_to_target"] for name in ("published", "optimised", "adaptive")] == [4, 3, 2]
+    assert found["adaptive_over_optimised"]["images"]["ratio"] == pytest.approx(2 / 3)
+    assert found["adaptive_over_published"]["seconds"]["upper_95"] == pytest.approx(2 / 4)
+    assert (found["design_gain_images"], found["stop_gain_images"]) == (2, 1)
 
 
 def test_a_world_is_judged_by_what_lies_outside_when_it_stops():
@@ -144,6 +153,16 @@ def test_a_loop_stops_where_its_voxel_has_converged_and_suggests_until_then(pros
     assert trace.blocks[0] == approved[0]
     assert trace.blocks[1:] == [advice.block for advice in trace.advice[:-1]]
     assert trace.ends_s[-1] == pytest.approx(sum(block.duration_s for block in trace.blocks))
+
+
+def test_a_loop_ends_where_it_knows_as_much_as_is_asked(prospect, follower):
+    scene = world.digital(SCAN, 2, (3, 4))
+    full = closed_loop.run(scene, follower, prospect, schedules.published(SCAN), closed_loop.Fixed())
+    areas = np.median(full.area, axis=1)
+    short = closed_loop.run(scene, follower, prospect, schedules.published(SCAN), closed_loop.Fixed(), until_area=float(areas[4]))
+    n = int(np.flatnonzero(areas <= areas[4])[0]) + 1
+    assert len(short.blocks) == n < len(full.blocks)
+    assert np.array_equal(short.area, full.area[:n])
 
 
 @pytest.mark.parametrize("name", [name for name in world.WORLDS if name != "as described"])
