@@ -19,7 +19,8 @@ def trained():
     return found
 
 
-SHIPPED = {"larg-phantom-9.4T": (), "mt-mouse-7T-30": MAPS, "mt-human-3T": ("t1_s", "t2_s", "b0_ppm", "b1_relative")}
+HUMAN = ("t1_s", "t2_s", "b0_ppm", "b1_relative")
+SHIPPED = {"larg-phantom-9.4T": (), "mt-mouse-7T-30": MAPS, "mt-human-3T": HUMAN, "amide-human-3T": (*HUMAN, "fss", "kssw")}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -28,12 +29,12 @@ def test_shipped_weights_belong_to_the_scan_as_it_is_built_in(name):
     assert found is not None
     encoder_file.check(found, BUILTIN[name], SHIPPED[name])
     assert len(encoder_file.to_bytes(found)) < 1_000_000
-    assert found.about["settings"]["seed"] == 0
+    assert {"seed", "n_steps", "n_scans"} <= set(found.about["settings"])
     calibration = {each["n"]: each for each in found.about["calibration"]}
     assert list(calibration) == list(range(3, len(BUILTIN[name].schedule) + 1))
     for each in calibration.values():
         assert each["draws"] >= 4000
-        assert 0.89 < each["coverage"]["0.95"] < 0.97
+        assert 0.92 < each["coverage"]["0.95"] < 0.97
 
 
 def test_a_file_gives_the_same_encoder_back(trained, tmp_path):
