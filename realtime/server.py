@@ -27,6 +27,7 @@ from scansteer.realtime.codec import MAX_ENVELOPE_BYTES, Bytes
 from scansteer.realtime.compiled import keep_compiled
 from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.connection import milliseconds
+from scansteer.realtime.freed_memory import allocate_in_one_arena
 from scansteer.realtime.logs import log_to_stderr
 from scansteer.realtime.outbox import Outgoing
 from scansteer.realtime.sessions import purge_old
@@ -261,6 +262,7 @@ def serve(config: ServeConfig, make: MakeSession, *, on_started: Callable[[Serve
         The service cannot start as it is configured.
     """
     log_to_stderr()
+    allocate_in_one_arena()
     keep_compiled(config.data_dir / ".compiled")  # no session can be called so
     with Server(config, make) as server:
         previous = [(number, signal.signal(number, lambda *_: server.stop())) for number in (signal.SIGTERM, signal.SIGINT)]
