@@ -34,6 +34,7 @@ from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.images import image_message
 from scansteer.realtime.messages import Decision
 from scansteer.realtime.replay import session_maker
+from scansteer.realtime.freed_memory import allocate_in_one_arena
 from scansteer.realtime.server import Server
 from scansteer.simulators.phantom import Magnet, three_vials
 from scansteer.simulators.scanner import image_of as simulated_image
@@ -59,6 +60,7 @@ def service_process(config: dict, ready: Any, stop: Any, encoder: str | None) ->
         return None  # no posterior: the images of the ingest benchmark wait for one that does not come
 
     make = nothing if encoder is None else session_maker(encoder=None if encoder == "shipped" else encoder)
+    allocate_in_one_arena()  # as `scansteer serve` has it
     with Server(ServeConfig.model_validate(config), make) as server:
         threading.Thread(target=lambda: (stop.wait(), server.stop()), daemon=True).start()
         ready.set()
