@@ -31,10 +31,10 @@ from scansteer.protocols.scan import Scan, load
 from scansteer.realtime.client import Client, image_of
 from scansteer.realtime.codec import encode
 from scansteer.realtime.config import ServeConfig
+from scansteer.realtime.freed_memory import allocate_in_one_arena
 from scansteer.realtime.images import image_message
 from scansteer.realtime.messages import Decision
 from scansteer.realtime.replay import session_maker
-from scansteer.realtime.freed_memory import allocate_in_one_arena
 from scansteer.realtime.server import Server
 from scansteer.simulators.phantom import Magnet, three_vials
 from scansteer.simulators.scanner import image_of as simulated_image
