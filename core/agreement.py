@@ -13,6 +13,7 @@ from scansteer.core import coordinate as coordinates
 from scansteer.core import region
 from scansteer.core.coordinate import Coordinate
 from scansteer.core.encoder import Gaussian
+from scansteer.core.grid_posterior import Prior
 from scansteer.core.lattice import Box
 from scansteer.core.region import Window
 
@@ -43,16 +44,23 @@ class Distances(NamedTuple):
 
 
 def follow(
-    log_posterior: Float[Array, "voxel f k"], box: Box, coordinate: Coordinate, power: Float[Array, ""] | None = None
+    log_posterior: Float[Array, "voxel cell"], prior: Prior, coordinate: Coordinate, power: Float[Array, ""] | None = None
 ) -> Lattice:
-    """A lattice posterior on cells where its mass is: first all of it, then all but `LEFT_OUT` at each end; `power` as in `region.summarise`."""
-    misfit, outer = region.prepared(log_posterior, power)
+    """A lattice posterior on cells where its mass is: first all of it, then all but `LEFT_OUT` at each end; `power` as in `region.summarise`.
+
+    The likelihood is interpolated; the prior is N(0, 1) in z.
+    """
+    box = prior.box
+    log_likelihood = log_posterior - prior.on_cells()
+    log_likelihood = jnp.maximum(log_likelihood - jnp.max(log_likelihood, axis=1, keepdims=True), -1e6)
+    misfit = region.to_misfit(log_likelihood, power).reshape(-1, *box.n_points)
+    outer = region.prepared(log_posterior.reshape(-1, *box.n_points), power)[1]
 
     def cells(windows: tuple[Window, Window]) -> Float[Array, "voxel fine fine"]:
         z = [region.positions(window) for window in windows]
         at = [coordinate.place(axis, z[axis]) * (box.n_points[axis] - 1) for axis in (0, 1)]
-        slope = [jnp.log(coordinate.slope(axis, z[axis])) for axis in (0, 1)]
-        height = region.from_misfit(region.interpolate(misfit, (at[0], at[1])), power) + slope[0][:, :, None] + slope[1][:, None]
+        height = region.from_misfit(region.interpolate(misfit, (at[0], at[1])), power)
+        height = height - 0.5 * (z[0][:, :, None] ** 2 + z[1][:, None] ** 2)
         mass = jnp.exp(height - jnp.max(height, axis=(1, 2), keepdims=True))
         return mass / jnp.sum(mass, axis=(1, 2), keepdims=True)
 

@@ -287,8 +287,7 @@ class Encoded:
         return jax.random.fold_in(jax.random.PRNGKey(self._seed), self._n_images)
 
     def _distances(self, key, ours: Gaussian, log_posterior, power):
-        box = self.prior.box
-        lattice = agreement.follow(log_posterior.reshape(-1, *box.n_points), box, self._coordinate, power)
+        lattice = agreement.follow(log_posterior, self.prior, self._coordinate, power)
         distances = agreement.compare(key, ours, lattice, N_DRAWS)
         return distances.m1, distances.m2
 

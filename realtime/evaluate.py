@@ -202,10 +202,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _comparison(reference: Reference, trained: Trained):
-    box, coordinate = reference.prior.box, trained.encoder.coordinate
+    coordinate = trained.encoder.coordinate
 
     def compare(key, ours: Gaussian, log_posterior, power, mean, covariance) -> dict[str, jax.Array]:
-        lattice = agreement.follow(log_posterior.reshape(-1, *box.n_points), box, coordinate, power)
+        lattice = agreement.follow(log_posterior, reference.prior, coordinate, power)
         distances = agreement.compare(key, ours, lattice, N_DRAWS)
         first, second = jax.random.split(jax.random.fold_in(key, 1))
         mine = _values(coordinate, agreement.draw(first, ours, N_DRAWS))

@@ -168,7 +168,7 @@ class Simulator:
             sums = likelihood.update(sums, lattice.upsample(nodes, box.n_points), signal)
             log_posterior = likelihood.fit(sums, noise).log_likelihood.T + self.model.prior.on_cells()
             power = noise.dof + sums.n_images - 1
-            followed = agreement.follow(log_posterior.reshape(-1, *box.n_points), box, self.coordinate, power)
+            followed = agreement.follow(log_posterior, self.model.prior, self.coordinate, power)
             return sums, agreement.moments(followed)
 
         sums = likelihood.init(GROUP, n_mixture, n_columns, box.n_cells)

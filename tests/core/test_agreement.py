@@ -26,16 +26,22 @@ def on_lattice(posterior: Gaussian):
     values = [box.value(axis, jnp.arange(64, dtype=jnp.float32)) for axis in (0, 1)]
     z = jnp.stack(jnp.meshgrid(*(COORDINATE.z(axis, values[axis]) for axis in (0, 1)), indexing="ij"), axis=-1).reshape(1, -1, 2)
     ratio = coordinates.log_normal(coordinates.whiten(z - posterior.mean[:, None], posterior.root[:, None]), posterior.root[:, None])
-    return (ratio + 0.5 * jnp.sum(z**2, axis=-1) + PRIOR.on_cells()).reshape(-1, 64, 64)
+    return (ratio + 0.5 * jnp.sum(z**2, axis=-1) + PRIOR.on_cells())
 
 
-LATTICE = agreement.follow(on_lattice(POSTERIOR), PRIOR.box, COORDINATE)
+LATTICE = agreement.follow(on_lattice(POSTERIOR), PRIOR, COORDINATE)
 
 
 def test_moments_of_a_lattice_are_those_of_its_gaussian():
     found = agreement.moments(LATTICE)
     np.testing.assert_allclose(coordinates.whiten(found.mean - POSTERIOR.mean, POSTERIOR.root), 0.0, atol=0.03)  # cubic in the lattice's steps
     np.testing.assert_allclose(found.root, POSTERIOR.root, rtol=0.05, atol=0.005)
+
+
+def test_without_data_and_degrees_of_freedom_the_posterior_is_the_prior():
+    found = agreement.moments(agreement.follow(PRIOR.on_cells()[None], PRIOR, COORDINATE, jnp.asarray(2.0)))
+    np.testing.assert_allclose(found.mean, 0.0, atol=1e-3)
+    np.testing.assert_allclose(found.root, [[1.0, 0.0, 1.0]], atol=0.005)
 
 
 def test_a_perfect_match_has_the_median_of_chi():
@@ -54,7 +60,7 @@ def test_a_shifted_posterior_is_found_out():
 
 def test_regions_of_a_gaussian_are_those_of_its_lattice():
     ours = jax.jit(lambda posterior: gaussian_region.summarise(posterior, posterior.mean.T, COORDINATE))(POSTERIOR)
-    theirs = jax.jit(lambda lattice: region.summarise(lattice, PRIOR.log_density, PRIOR.box))(on_lattice(POSTERIOR))
+    theirs = jax.jit(lambda lattice: region.summarise(lattice, PRIOR.log_density, PRIOR.box))(on_lattice(POSTERIOR).reshape(-1, 64, 64))
     width = theirs.upper - theirs.lower
     np.testing.assert_allclose((ours.lower - theirs.lower) / width, 0.0, atol=0.03)
     np.testing.assert_allclose((ours.upper - theirs.upper) / width, 0.0, atol=0.03)
