@@ -51,10 +51,8 @@ def follow(
     The likelihood is interpolated; the prior is N(0, 1) in z.
     """
     box = prior.box
-    log_likelihood = log_posterior - prior.on_cells()
-    log_likelihood = jnp.maximum(log_likelihood - jnp.max(log_likelihood, axis=1, keepdims=True), -1e6)
-    misfit = region.to_misfit(log_likelihood, power).reshape(-1, *box.n_points)
-    outer = region.prepared(log_posterior.reshape(-1, *box.n_points), power)[1]
+    on_lattice = log_posterior.reshape(-1, *box.n_points), prior.on_cells().reshape(box.n_points)
+    misfit, outer = region.prepared(*on_lattice, power)
 
     def cells(windows: tuple[Window, Window]) -> Float[Array, "voxel fine fine"]:
         z = [region.positions(window) for window in windows]

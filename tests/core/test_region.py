@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import beta
 
 from scansteer.core import region
+from scansteer.core.grid_posterior import make_prior
 from scansteer.core.lattice import Box
 
 N = 64
@@ -77,6 +79,19 @@ def test_flat_posterior_fills_the_box_and_is_not_prior_limited():
     assert got.anytime_area[0] == pytest.approx(6.0, rel=0.01)
     assert float(got.edge_mass.max()) < 0.025
     np.testing.assert_allclose(got.lower[0], [0.0001, 37.5], rtol=0.03)
+
+
+@pytest.mark.parametrize("power", [None, 2.0, 5.0])
+def test_nothing_seen_gives_the_prior_back_however_little_is_known_of_the_noise(power):
+    prior = make_prior(jnp.array([0.0, 0.0]), jnp.array([0.004, 1500.0]), (N, N), ("beta", "beta"))
+    on_lattice = jnp.tile(prior.on_cells().reshape(1, N, N), (2, 1, 1))
+    given = (on_lattice, prior.log_density, prior.box)
+    got = SUMMARISE(*given) if power is None else SUMMARISE(*given, jnp.asarray(power))
+    edges = beta(2, 2).ppf([0.025, 0.975])
+    for axis, side in enumerate((0.004, 1500.0)):
+        assert got.mean[0, axis] == pytest.approx(0.5 * side, rel=0.005)
+        assert got.covariance[0, axis, axis] == pytest.approx(side**2 / 20, rel=0.01)
+        np.testing.assert_allclose([got.lower[0, axis], got.upper[0, axis]], edges * side, rtol=0.01)
 
 
 def test_mass_at_an_edge_is_prior_limited():
