@@ -4,6 +4,9 @@ Before an image is absorbed: is it what was predicted (`core.prediction`)? If th
 the sum over images at most as scattered as a chi-squared with one degree of freedom per image, which is the case where all voxels err
 together. After: is what the fit leaves no more than noise and the allowed discrepancy? Averaged over voxels noise leaves little doubt; an
 error that all voxels share (discrepancy, unmeasured nuisances) is a single draw however many voxels there are, and is judged as one.
+
+A refusal holds: a posterior that has absorbed images it cannot explain stays where they have put it, and images that agree with it later only
+hide that. (Of simulated scans with a wrong first state that stopped around a wrong value three in four had been refused before.)
 """
 
 from __future__ import annotations
@@ -23,17 +26,20 @@ QUANTILE = 3.09
 
 
 class Record(NamedTuple):
-    """How well the images so far were predicted, each before it was absorbed."""
+    """How well the images so far were predicted, each before it was absorbed, and what was said of them."""
 
     surprise: float
     """Sum over images of `prediction.surprise`."""
     n_predicted: int
+    refused_at: int | None = None
+    """Number of images at which the model was first found not to fit."""
 
 
 class Check(NamedTuple):
     statistic: float | None
     """Median over voxels of the residual variance over the expected one; none while nothing is left over to judge by."""
     passed: bool
+    """At this image and at all before it."""
     prediction: float | None = None
     """Mean surprise of the images so far: 1 if the model holds; none before the first prediction."""
 
@@ -44,7 +50,12 @@ def init() -> Record:
 
 def update(record: Record, surprise: float) -> Record:
     """One more image, looked at before it is absorbed."""
-    return Record(record.surprise + surprise, record.n_predicted + 1)
+    return record._replace(surprise=record.surprise + surprise, n_predicted=record.n_predicted + 1)
+
+
+def judged(record: Record, found: Check, n_images: int) -> Record:
+    """Remember a refusal."""
+    return record if found.passed or record.refused_at is not None else record._replace(refused_at=n_images)
 
 
 def check(
@@ -71,21 +82,21 @@ def check(
     discrepancy
         Standard deviation of the model's error per image, as allowed before the scan [fraction of M0].
     record
-        Of the predictions.
+        Of the predictions, and of a refusal.
     n_shared
         Nuisances that were not measured, and that voxels may share.
     independent
         Independent voxels per voxel.
     """
     foretold = record.surprise / record.n_predicted if record.n_predicted else None
-    as_foretold = record.surprise <= quantile(record.n_predicted)
+    so_far = record.refused_at is None and record.surprise <= quantile(record.n_predicted)
     left = n_images - N_FITTED
     if left < 1:
-        return Check(None, as_foretold, foretold)
+        return Check(None, so_far, foretold)
     expected = sigma**2 + (discrepancy * amplitude) ** 2
     statistic = float(np.median(residual / expected) / left)
     bound = _bound(left, min(n_shared, left), float(np.median(1 - sigma**2 / expected)), independent * len(residual))
-    return Check(statistic, as_foretold and statistic <= bound, foretold)
+    return Check(statistic, so_far and statistic <= bound, foretold)
 
 
 def unexplained(

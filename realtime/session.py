@@ -331,6 +331,7 @@ class Session:
         assert info is not None
         if left_out is None:
             self._fit, is_unexplained = self._judge_fit(info)
+            self._record = lack_of_fit.judged(self._record, self._fit, n)
             moved = self._screen.judge(is_unexplained)
             warnings = (*warnings, moved) if moved else warnings
         reports = self._reporter.report(voxels.regions, voxels.places, info, self._screen.moved)
@@ -338,7 +339,7 @@ class Session:
         progress = [stopping.Region(each.name, each.fraction_converged, independent * each.n_voxels) for each in reports]
         is_enough = self._stopping.would_stop_at is None and not stopping.behind(self._rule, progress)
         advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), self._estimate, repetition, is_enough)
-        veto = left_out or _misfit(self._fit) or self._screen.doubt or self._reference.veto
+        veto = left_out or _misfit(self._fit, self._record.refused_at) or self._screen.doubt or self._reference.veto
         self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto, advice.remaining_gain)
         self._n_decisions += 1
         return Decision(
@@ -396,13 +397,13 @@ def n_shared(scan: Scan, mapped: Sequence[str]) -> int:
     return sum(axis.n_coefficients for axis in axes if axis.name not in mapped) + (upper > lower)
 
 
-def _misfit(fit: lack_of_fit.Check) -> str | None:
-    """Why a model that does not fit forbids a stop."""
-    if fit.passed:
+def _misfit(fit: lack_of_fit.Check, refused_at: int | None) -> str | None:
+    """Why a model that does not fit, or did not at an earlier image, forbids a stop."""
+    if refused_at is None:
         return None
     said = [] if fit.statistic is None else [f"residual variance {fit.statistic:.1f} x noise"]
     said += [] if fit.prediction is None else [f"prediction errors {fit.prediction:.1f} x expected"]
-    return f"The model does not fit: {', '.join(said)}; continue the approved schedule."
+    return f"The model does not fit since image {refused_at}: {', '.join(said)}; continue the approved schedule."
 
 
 def versions() -> dict[str, str]:

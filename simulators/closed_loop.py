@@ -121,6 +121,7 @@ def run(
         is_enough = until_stop and not stopping.behind(rule, [region])
         advice = choice.advise(number + 1, course, followed, info, is_enough)
         fit = _fit(info, np.stack(images), noise, scene.described, record)
+        record = lack_of_fit.judged(record, fit, number + 1)
         remaining = np.inf if advice is None else advice.remaining_gain
         state, verdict = stopping.update(rule, state, number + 1, [region], None if fit.passed else "lack of fit", remaining)
         infos.append(info.summary)

@@ -206,15 +206,13 @@ def super_lorentzian(scene: Scene) -> Scene:
 
 
 def b1_off(scene: Scene) -> Scene:
-    """B1 10 % beside what the description allows for."""
-    known = scene.values.get("b1_relative", np.ones(scene.n_voxels))
-    return _with(scene, b1_relative=known * (1 + 0.1 * _either_way(scene)))
+    """B1 10 % beside its nominal value, whatever the description allows for."""
+    return _with(scene, b1_relative=1 + 0.1 * _either_way(scene))
 
 
 def b0_off(scene: Scene) -> Scene:
-    """B0 0.3 ppm beside what the description allows for."""
-    known = scene.values.get("b0_ppm", np.zeros(scene.n_voxels))
-    return _with(scene, b0_ppm=known + 0.3 * _either_way(scene))
+    """B0 0.3 ppm beside its nominal value, whatever the description allows for."""
+    return _with(scene, b0_ppm=0.3 * _either_way(scene))
 
 
 def maps_off(scene: Scene) -> Scene:

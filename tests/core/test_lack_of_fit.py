@@ -30,6 +30,17 @@ def test_a_model_that_holds_passes_and_one_that_does_not_fails():
         assert not check(residuals(n, ratio=2.5), n).passed
 
 
+def test_a_refusal_holds_although_later_images_fit():
+    bad, good = check(residuals(8, ratio=2.5), 8), check(residuals(20), 20)
+    assert (bad.passed, good.passed) == (False, True)
+    record = lack_of_fit.judged(lack_of_fit.init(), good, 6)
+    assert check(residuals(8), 8, record).passed
+    record = lack_of_fit.judged(record, bad, 8)
+    assert not check(residuals(20), 20, record).passed
+    assert lack_of_fit.judged(record, check(residuals(20), 20, record), 20).refused_at == 8
+    assert lack_of_fit.update(record, 1.0).refused_at == 8
+
+
 def test_nothing_is_said_while_nothing_is_left_over():
     found = check(np.zeros(10), 3)
     assert found.statistic is None

@@ -196,6 +196,21 @@ def test_no_image_of_a_clean_scan_is_left_out_and_its_predictions_hold(played):
     assert all(region.fraction_moved == 0 for decision in decisions for region in decision.regions)
 
 
+def test_one_image_of_another_pulse_forbids_a_stop_until_it_is_excluded(scan):
+    phantom = three_vials(scan)
+    magnet = Magnet(phantom, scan, seed=3)
+    played = [scan.schedule[3 if number == 4 else number] for number in range(N)]  # and nobody says so
+    spoilt = [Frame(magnet.play(block), phantom.geometry, repetition=number) for number, block in enumerate(played)]
+    decisions = play(session(scan), spoilt)
+    assert [decision.lack_of_fit.passed for decision in decisions] == [True] * 4 + [False] * (N - 4)
+    assert decisions[-1].cause == "veto"
+    assert "does not fit since image 5" in decisions[-1].reason
+    without = session(scan)
+    play(without, spoilt[:4])
+    without.absorb_missing(4)
+    assert all(decision.lack_of_fit.passed for decision in play(without, spoilt[5:]))
+
+
 def test_a_dummy_as_the_first_image_is_refused(scan, frames):
     one = session(scan)
     with pytest.raises(InputError, match="dummy"):
