@@ -3,6 +3,7 @@
     python benchmarks/promises.py real  [SCAN ...]                 replays; the scans lie in the folder SCANSTEER_DATA (default ../shared/data)
     python benchmarks/promises.py loops SCAN [RUNS] [WORLD ...]    single voxels drawn from the priors, scanned adaptively until they may stop
     python benchmarks/promises.py steering SCAN [DRAWS] [SEED]     scenes of six voxels to the published schedule's last area: what steering saves
+    python benchmarks/promises.py priors SCAN [SCENES]             scenes of 64 voxels drawn from the priors, under the pulses of other steered scans
 
 Errors of a real scan are against its own last image. For "moves as it says", z = (theta_n - theta_30) / sqrt(V_n - V_30) should have an rms
 of 1; V is that of a normal with the width of the 95 % interval. Voxels whose V shrank by less than a twentieth since n have no z, and are counted.
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +40,8 @@ FILES = {"larg-phantom-9.4T": "larg_phantom_9T4", "larg-phantom-9.4T-wide": "lar
 VIALS = ((24, 18), (25, 44), (44, 30))
 """Centres (row, column) in the phantom."""
 VIAL_RADIUS_SQUARED = 130
+N_STEERED, LONGEST = 8, 14
+"""Scans whose pulses `priors` uses, and how many images of them."""
 
 
 class Replayed(NamedTuple):
@@ -142,6 +146,29 @@ def loops(name: str, runs: int = 200, *worlds: str) -> None:
             print(f"{each}: {said} ({time.process_time() - begun:.0f} s of CPU)", flush=True)
 
 
+def priors(name: str, scenes: int = 24) -> None:
+    """Print how many truths the 50 and 95 % regions hold where pulses were not chosen for the voxel: what the marginalisation alone is worth."""
+    scan = load(name)
+    follower, prospect, schedule = Follower(scan, world.mapped_auxiliaries(scan)), Prospect(scan), schedules.published(scan)
+    steered = [world.single(scan, (7, number)) for number in range(N_STEERED)]
+    choices = [closed_loop.Adaptive(follower, prospect, scene) for scene in steered]
+    played = [
+        closed_loop.run(scene, follower, prospect, schedule, choice, until_stop=True).blocks[:LONGEST]
+        for scene, choice in zip(steered, choices, strict=True)
+    ]
+    inside: dict[int, list[np.ndarray]] = {}
+    for number in range(scenes):
+        blocks, scene = played[number % N_STEERED], world.from_priors(scan, 64, (11, number))
+        scene = replace(scene, amplitude=np.full_like(scene.amplitude, scene.amplitude[0]))  # a block's voxels are of like brightness
+        trace = closed_loop.run(scene, follower, prospect, blocks, closed_loop.Fixed())
+        for n in range(3, len(blocks) + 1):
+            inside.setdefault(n, []).append(trace.credibility[n - 1])
+    print(f"\n## {name}: {scenes} scenes of 64 voxels\n")
+    for n, each in inside.items():
+        found = np.concatenate(each)
+        print(f"n = {n}: {np.mean(found <= 0.5):.1%} and {np.mean(found <= 0.95):.1%} of {len(found)}")
+
+
 def steering(name: str, draws: int = 500, seed: int = 0) -> None:
     """Print who needs how many images and seconds."""
     scan = load(name)
@@ -179,9 +206,8 @@ def _rounded(value: object) -> object:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["real"]
-    if what in ("loops", "steering"):
-        run = loops if what == "loops" else steering
-        run(rest[0], *(int(each) if each.isdigit() else each for each in rest[1:]))  # type: ignore[arg-type]
+    if what in (by_name := {"loops": loops, "steering": steering, "priors": priors}):
+        by_name[what](rest[0], *(int(each) if each.isdigit() else each for each in rest[1:]))  # type: ignore[arg-type]
     else:
         for scan_name in rest or FILES:
             real(scan_name)

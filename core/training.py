@@ -100,7 +100,7 @@ def loss(encoder: Encoder, plan: Plan, key: PRNGKeyArray, samples: Samples, weig
 
 def unshared(encoder: Encoder) -> Encoder:
     """The same encoder with the repeats of its last refinement as refinements of their own, free to learn apart."""
-    return Encoder(encoder.first, encoder.refine + encoder.refine[-1:] * encoder.repeats, encoder.basis, encoder.coordinate)
+    return Encoder(encoder.first, encoder.refine + encoder.refine[-1:] * encoder.repeats, encoder.basis, encoder.coordinate, encoder.widening)
 
 
 def trainable(encoder: Encoder) -> Encoder:

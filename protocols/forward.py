@@ -78,9 +78,9 @@ def tissue_axes(scan: Scan) -> tuple[Axis, ...]:
     """Nuisances of tissue and field with a range; a range of no width is a constant."""
     described: dict[str, Range] = {name: span for name, span in scan.auxiliaries.items()}  # noqa: C416 - widens the type
     described |= {tissue_model.pool_t2_name(pool): pool.t2_s for pool in scan.pools if isinstance(pool.t2_s, Range)}
-    axes = (_axis(name, span) for name, span in described.items() if span.upper > span.lower)
     has_solute = any(pool.kind == "solute" for pool in scan.pools)  # saturated at its own offset, where the slope with B0 vanishes
-    return tuple(axis._replace(curved=has_solute and axis.name == "b0_ppm") for axis in axes)
+    axes = (_axis(name, span) for name, span in described.items() if span.upper > span.lower)
+    return tuple(axis._replace(curved=axis.curved or (has_solute and axis.name == "b0_ppm")) for axis in axes)
 
 
 def chain_axes(scan: Scan) -> tuple[Axis, ...]:
@@ -97,6 +97,6 @@ def _axis(name: str, span: Range) -> Axis:
     if name.endswith("_s") and span.lower > 0:  # relaxation times: log scale, more nodes for wider ranges
         octaves = np.log2(span.upper / span.lower)
         n_nodes = 3 if octaves < 0.7 else 4 if octaves < 2 else 5
-        # signals bend most with T1: over more than an octave one straight line is not enough
-        return Axis(name, span.lower, span.upper, n_nodes, n_slices=2 if name == "t1_s" and octaves > 1 else 1, logarithmic=True)
+        # signals bend with T1 and T2: over more than an octave a straight line is not enough
+        return Axis(name, span.lower, span.upper, n_nodes, logarithmic=True, curved=octaves > 1)
     return Axis(name, span.lower, span.upper, n_nodes=3)

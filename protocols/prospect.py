@@ -167,8 +167,7 @@ class Prospect:
         return self._with_offset(predictive.columns(whole, {}))[0]
 
     def _with_offset(self, columns: Float[np.ndarray, "mixture column node"]) -> np.ndarray:
-        lower, upper = bounds(self.scan.readout.offset)
-        return nuisance.with_offset(columns, 0.5 * (lower + upper), (upper - lower) / 12**0.5)
+        return nuisance.with_offset(columns, *nuisance.of_range(*bounds(self.scan.readout.offset)))
 
     def answer(self, course: Course, question: Question, rows: Rows, next_repetition: int) -> Answer:
         """Expected gains of all candidates, and of the schedule from `next_repetition` on."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scansteer.core import lattice, voxel_columns
+from scansteer.core import lattice, nuisance, voxel_columns
 from scansteer.core import signal as spin
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.saturation import Saturation, Train
@@ -151,8 +151,7 @@ def encoder_volume_s(scan: Scan, n_voxels: int = N_VOLUME) -> float | None:
 def volume_times_s(scan: Scan, trained: Trained, n_voxels: int, n_images: int = 4) -> list[float]:
     """Of some made-up images, the first left out: its memory is fresh."""
     axes = (*forward.chain_axes(scan), *forward.tissue_axes(scan))
-    lower, upper = bounds(scan.readout.offset)
-    columns = voxel_columns.make(axes, trained.mapped, (0.5 * (lower + upper), (upper - lower) / 12**0.5))
+    columns = voxel_columns.make(axes, trained.mapped, nuisance.of_range(*bounds(scan.readout.offset)))
     volume = Volume(trained.encoder, columns, scan.noise.discrepancy)
     rng, spans = np.random.default_rng(0), {axis.name: axis for axis in axes}
     maps = {name: rng.uniform(spans[name].lower, spans[name].upper, n_voxels) for name in trained.mapped}

@@ -154,7 +154,7 @@ def train(
     files: Annotated[list[Path] | None, typer.Argument(metavar="[SCAN.h5 ...]", help="Measured scans to fit, beside simulated ones.")] = None,
     mapped: Annotated[str | None, typer.Option(metavar="t1,t2,..", help="Maps that will come with the scan; default: those of the files.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=10, help="Optimiser steps; default: 3000, or 600 with --from.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Optimiser steps; default: 3000, or 600 with --from. 0: calibrate only.")] = None,
     start: Annotated[str | None, typer.Option("--from", metavar="FILE|shipped", help="Trained weights of this scan to start from.")] = None,
     roi: RoiOption = None,
     map_: MapOption = None,

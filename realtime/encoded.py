@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from scansteer.core import agreement, design, gaussian_region, signal_basis, voxel_columns
+from scansteer.core import agreement, design, gaussian_region, nuisance, signal_basis, voxel_columns
 from scansteer.core import coordinate as coordinates
 from scansteer.core import encoder as encoders
 from scansteer.core.code_generation import for_blocks_of_voxels, for_large_programs, with_barriers
@@ -179,8 +179,7 @@ class Encoded:
         axes = (*forward.chain_axes(scan), *forward.tissue_axes(scan))
         self._mapped = tuple(axis.name for axis in axes if axis.name in mapped)
         check(trained, scan, self._mapped)  # before anything is compiled
-        lower, upper = bounds(scan.readout.offset)
-        columns = voxel_columns.make(axes, self._mapped, (0.5 * (lower + upper), (upper - lower) / 12**0.5))
+        columns = voxel_columns.make(axes, self._mapped, nuisance.of_range(*bounds(scan.readout.offset)))
         with ThreadPoolExecutor(2) as side_by_side:  # both compile for long
             few = math.prod(scan.matrix or (0,)) < VOLUME
             volume = side_by_side.submit(Volume, trained.encoder, columns, scan.noise.discrepancy, ready_soon=few)

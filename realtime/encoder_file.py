@@ -25,7 +25,7 @@ from scansteer.core.errors import InputError, ScansteerError
 from scansteer.core.signal_basis import Basis
 from scansteer.protocols.scan import Scan
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".encoder"
 UNRELATED = ("name", "description", "schema_version", "matrix", "stop", "limits")
 """Fields of a scan in which the one of a session may differ from the one of its encoder."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scansteer.core import agreement, voxel_columns
+from scansteer.core import agreement, nuisance, voxel_columns
 from scansteer.core.encoder import Gaussian
 from scansteer.core.errors import InputError, ScansteerError
 from scansteer.core.grid_posterior import Info
@@ -30,7 +30,7 @@ from scansteer.realtime.training import shown
 N_DRAWS = 200
 CHUNK = 256
 """Voxels compared at a time."""
-N_CALIBRATION_SCANS = 12
+N_CALIBRATION_SCANS = 36
 N_SIMULATED_GROUPS = 16
 """Groups of 64 voxels of like maps in a simulated scan that stands in for a measured one."""
 SIMULATED_SIGMA = 5e-3
@@ -139,8 +139,7 @@ def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
 
 def columns_of(reference: Reference, trained: Trained) -> voxel_columns.Columns:
     """The columns of a reference's scan, with the maps that the encoder was trained for."""
-    lower, upper = bounds(reference.scan.readout.offset)
-    return voxel_columns.make(reference.model.axes, trained.mapped, (0.5 * (lower + upper), (upper - lower) / 12**0.5))
+    return voxel_columns.make(reference.model.axes, trained.mapped, nuisance.of_range(*bounds(reference.scan.readout.offset)))
 
 
 def row(

@@ -228,8 +228,7 @@ class Reference:
     def _describe(self, maps: dict[str, np.ndarray], measured: dict[str, Measured]) -> tuple[jnp.ndarray, jnp.ndarray | None]:
         """A block's columns as maps from the dictionary's nodes, and its voxels' shifts where there are maps."""
         columns = nuisance.columns(self.model.axes, measured)
-        lower, upper = bounds(self.scan.readout.offset)
-        weights = jnp.asarray(nuisance.with_offset(columns, 0.5 * (lower + upper), (upper - lower) / 12**0.5))
+        weights = jnp.asarray(nuisance.with_offset(columns, *nuisance.of_range(*bounds(self.scan.readout.offset))))
         if not measured:
             return weights, None
         shift = np.zeros((len(self._coefficients), BLOCK))

@@ -75,8 +75,7 @@ class Simulator:
         fraction, rate = scan.parameters.values()
         box = self.model.prior.box
         self.coordinate = coordinates.Coordinate(box.lower, box.upper, (fraction.prior, rate.prior))
-        lower, upper = bounds(scan.readout.offset)
-        self.offset = (0.5 * (lower + upper), (upper - lower) / 12**0.5)
+        self.offset = nuisance.of_range(*bounds(scan.readout.offset))
         self.columns = voxel_columns.make(self.model.axes, self.mapped, self.offset)
         self._everything = voxel_columns.make(self.model.axes, [axis.name for axis in self.model.axes], (0.0, 0.0))
         self._play = jax.jit(dictionary.play)

@@ -78,6 +78,7 @@ class Settings:
     n_short: int = 9
     """Images of a short scan."""
     n_steps: int = 3000
+    """None: the weights stay as they are, and are calibrated anew."""
     n_refinements: int = 4
     batch: int = 768
     learning_rate: float = 3e-3
@@ -85,11 +86,11 @@ class Settings:
     """Weight of the evidence lower bound beside the reference's moments."""
     share_measured: float = 0.25
     """Of a batch, where there are measured scans."""
-    n_calibration_scans: int = 12
-    """Simulated scans, not trained on, from which the calibration figures in the file come."""
+    n_calibration_scans: int = 36
+    """Simulated scans, not trained on, from which the factors of the widening come, and as many others for the calibration figures."""
 
 
-FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, learning_rate=1e-3)
+FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, learning_rate=1e-3, n_calibration_scans=18)
 """What is usual where a run starts from trained weights."""
 
 
@@ -150,17 +151,20 @@ def train(
     simulator = Simulator(scan, mapped, settings.seed)
     encoder = untrained(simulator, settings) if start is None else training.unshared(start.encoder)
     with ThreadPoolExecutor(2) as pool:
-        simulated = simulate(simulator, encoder.basis, settings, pool, tell)
-        measured = joined([of_recording(simulator, encoder.basis, each, settings.seed) for each in recordings]) if recordings else None
-        encoder = optimise(simulator, encoder, simulated, measured, out, settings, tell, digest(start))
+        if settings.n_steps:
+            simulated = simulate(simulator, encoder.basis, settings, pool, tell)
+            measured = joined([of_recording(simulator, encoder.basis, each, settings.seed) for each in recordings]) if recordings else None
+            encoder = optimise(simulator, encoder, simulated, measured, out, settings, tell, digest(start))
+        encoder = calibration.widened(simulator, encoder, settings.seed, settings.n_calibration_scans, tell)
         figures = calibration.calibrate(simulator, encoder, settings.seed, settings.n_calibration_scans, pool, tell)
     about = {
         "settings": asdict(settings),
         "measured": [each.name for each in recordings],
         "start": None if start is None else digest(start),
-        "versions": versions(),
-        "calibration": figures,
     }
+    if start is not None and not settings.n_steps:  # the weights are those of that run
+        about = {key: start.about.get(key) for key in about}
+    about |= {"versions": versions(), "calibration": figures}
     trained = Trained(encoder, scan.name, physics_of(scan), simulator.mapped, about)
     save(out, trained)
     _checkpoint_path(out).unlink(missing_ok=True)
@@ -379,6 +383,8 @@ def train_files(
         Unknown roles, or files that do not have these maps.
     """
     trained = weights_of(start, scan)
+    if steps == 0 and trained is None:
+        raise InputError("--steps 0 calibrates weights that are trained; name them with --from.")
     usual = Settings() if trained is None else FURTHER
     settings = replace(usual, seed=seed, n_steps=usual.n_steps if steps is None else steps)
     with shown() as tell:

@@ -6,7 +6,6 @@ columns as the session's tensor grid.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -77,8 +76,7 @@ class Follower:
         self._start = jax.jit(dictionary.start)(self._forward)
         self._play, self._step, self._place, self._foresee = jax.jit(_play), jax.jit(_step), jax.jit(_place), jax.jit(_foresee)
         self._maps: dict[SaturationBlock, LongitudinalMap] = {}
-        lower, upper = bounds(scan.readout.offset)
-        self._offset = (0.5 * (lower + upper), (upper - lower) / math.sqrt(12))
+        self._offset = nuisance.of_range(*bounds(scan.readout.offset))
 
     def begin(self, maps: dict[str, np.ndarray], n_voxels: int) -> Followed:
         """Before the first image; dummies have been played."""

@@ -171,7 +171,7 @@ def test_only_perceptrons_learn(world):
 
 def test_repeats_of_the_last_refinement_may_learn_apart_and_start_alike(world):
     first, _, images = world
-    encoder = encoders.Encoder(first.first, first.refine, first.basis, first.coordinate, repeats=2)
+    encoder = encoders.Encoder(first.first, first.refine, first.basis, first.coordinate, first.widening, repeats=2)
     apart = training.unshared(encoder)
     assert (len(apart.refine), apart.repeats) == (4, 0)
     state = state_of(world, measured(images, np.random.default_rng(3), 8))

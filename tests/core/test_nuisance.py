@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from scansteer.core import nuisance, predictive
-from scansteer.core.nuisance import Axis, Measured
+from scansteer.core.nuisance import SPREAD, Axis, Measured
 
 T1 = Axis("t1_s", 1.0, 3.0, n_nodes=5, logarithmic=True)
 B1 = Axis("b1_relative", 0.9, 1.1, n_nodes=3)
@@ -22,7 +22,7 @@ def test_measured_nuisance_gives_value_and_scaled_derivative():
 def test_unmeasured_nuisance_gives_centre_and_standard_deviation_of_a_linear_signal():
     mean, slope = nuisance.columns([B1], {})[0] @ at_nodes([B1], lambda b1: 3 + 5 * b1)
     assert mean == pytest.approx(8.0)
-    assert slope == pytest.approx(5 * 0.2 / np.sqrt(12))
+    assert slope == pytest.approx(SPREAD * 5 * 0.2 / np.sqrt(12))
 
 
 def test_slices_keep_mean_and_variance_of_the_range():
@@ -30,7 +30,7 @@ def test_slices_keep_mean_and_variance_of_the_range():
     parts = nuisance.columns([axis], {}) @ at_nodes([axis], lambda b1: b1)
     assert parts.shape == (4, 2)
     assert parts[:, 0].mean() == pytest.approx(1.0)
-    assert parts[:, 0].var() + (parts[:, 1] ** 2).mean() == pytest.approx(0.2**2 / 12)
+    assert parts[:, 0].var() + (parts[:, 1] ** 2).mean() / SPREAD**2 == pytest.approx(0.2**2 / 12)
 
 
 def test_a_curved_nuisance_gives_mean_and_variance_of_a_quadratic_signal():
@@ -39,7 +39,19 @@ def test_a_curved_nuisance_gives_mean_and_variance_of_a_quadratic_signal():
     drawn = np.linspace(-0.1, 0.3, 100_001)
     signals = 2 + drawn - 5 * (drawn - 0.1) ** 2
     assert rows[0] == pytest.approx(signals.mean(), abs=1e-5)
-    assert np.sum(rows[1:] ** 2) == pytest.approx(signals.var(), rel=1e-3)
+    assert np.sum(rows[1:] ** 2) == pytest.approx(SPREAD**2 * signals.var(), rel=1e-3)
+
+
+def test_a_curved_logarithmic_nuisance_gives_mean_and_variance_over_its_linear_range():
+    axis = T1._replace(n_nodes=6, curved=True)
+    drawn = np.linspace(axis.lower, axis.upper, 100_001)
+
+    def signal(t1):
+        return 1 + 0.4 * (t1 - 2) - 0.3 * (t1 - 2.2) ** 2
+
+    rows = nuisance.columns([axis], {})[0] @ at_nodes([axis], signal)
+    assert rows[0] == pytest.approx(signal(drawn).mean(), abs=2e-3)
+    assert np.sum(rows[1:] ** 2) == pytest.approx(SPREAD**2 * signal(drawn).var(), rel=0.01)
 
 
 def test_a_curved_nuisance_has_two_coefficients_unless_it_is_measured():
@@ -49,7 +61,7 @@ def test_a_curved_nuisance_has_two_coefficients_unless_it_is_measured():
         names = nuisance.coefficients(axes, maps)
         assert len(weights) == 1 + len(names) == 5 - len(maps)
         by = dict(zip(names, weights[1:] @ at_nodes(axes, lambda b1, b0, t1: b1 + 3 * b0**2 + 0 * t1), strict=True))
-        assert by["b1_relative"] == pytest.approx(0.2 / np.sqrt(12))
+        assert by["b1_relative"] == pytest.approx(SPREAD * 0.2 / np.sqrt(12))
         assert by["t1_s"] == pytest.approx(0, abs=1e-9)
         assert by["b0_ppm"] == pytest.approx(3 * 2 * 0.02 * 0.01 if maps else 0, abs=1e-9)
 
@@ -60,13 +72,13 @@ def test_axes_combine_in_the_order_of_the_tensor_nodes():
     mean, by_t1, by_b1 = weights @ at_nodes(axes, lambda t1, b1: np.log(t1) * b1)
     assert mean == pytest.approx(np.log(2.0))
     assert by_t1 == pytest.approx(0.1 / 2.0, rel=1e-6)
-    assert by_b1 == pytest.approx(np.log(2.0) * 0.2 / np.sqrt(12))
+    assert by_b1 == pytest.approx(SPREAD * np.log(2.0) * 0.2 / np.sqrt(12))
 
 
 def test_offset_is_one_more_column_that_reads_one():
     weights = nuisance.with_offset(nuisance.columns([B1], {}), 0.05, 0.02)[0]
     signals = np.append(at_nodes([B1], lambda b1: b1), 1.0)
-    np.testing.assert_allclose(weights @ signals, [1.05, 0.2 / np.sqrt(12), 0.02])
+    np.testing.assert_allclose(weights @ signals, [1.05, SPREAD * 0.2 / np.sqrt(12), 0.02])
 
 
 def test_no_axes_leave_the_signal_alone():
