@@ -178,3 +178,15 @@ def test_repeats_of_the_last_refinement_may_learn_apart_and_start_alike(world):
     ours, theirs = (compiled(encoders.infer)(each, encoders.plan(each), state, NOISE)[0] for each in (apart, encoder))
     np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-6)
     np.testing.assert_allclose(ours.root, theirs.root, atol=1e-6)
+
+
+def test_the_last_gaussian_is_widened_by_the_factor_of_its_number_of_images(world):
+    plain, _, images = world
+    factors = jnp.linspace(1.0, 1.3, encoders.N_WIDENED, dtype=jnp.float32)
+    wide = eqx.tree_at(lambda e: e.widening, plain, factors)
+    signals = measured(images, np.random.default_rng(3), 8)
+    for n in (3, len(images)):
+        state = state_of(world, signals, range(n))
+        ours, theirs = (compiled(encoders.infer)(each, encoders.plan(each), state, NOISE)[0] for each in (wide, plain))
+        np.testing.assert_array_equal(ours.mean, theirs.mean)
+        np.testing.assert_allclose(ours.root, factors[n - 1] * theirs.root, rtol=1e-6)

@@ -1,5 +1,7 @@
 """Training runs: reproducible, resumed, refused."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols.builtin import BUILTIN
 from scansteer.realtime import encoder_file, training
 from scansteer.realtime.recording import Recording
-from scansteer.realtime.training import Settings, mapped_names, train, weights_of
+from scansteer.realtime.training import Settings, mapped_names, train, train_files, weights_of
 
 PHANTOM, MOUSE = BUILTIN["larg-phantom-9.4T"], BUILTIN["mt-mouse-7T-30"]
 SHORT = Settings(seed=3, n_scans=2, n_groups=1, n_short_scans=2, n_steps=20, batch=64, n_calibration_scans=1)
@@ -42,6 +44,22 @@ def test_a_run_starts_from_weights_of_its_own_scan_alone(tmp_path):
         weights_of("shipped", BUILTIN["larg-phantom-9.4T-wide"])
     with pytest.raises(InputError, match="Cannot read encoder"):
         weights_of(str(tmp_path / "absent.encoder"), PHANTOM)
+
+
+def test_calibrating_alone_needs_trained_weights(tmp_path):
+    with pytest.raises(InputError, match="--steps 0 calibrates weights that are trained; name them with --from"):
+        train_files(PHANTOM, [], tmp_path / "none.encoder", steps=0)
+
+
+@pytest.mark.long
+def test_calibrating_alone_keeps_weights_and_settings(tmp_path):
+    start = weights_of("shipped", PHANTOM)
+    calibrated = train(PHANTOM, (), tmp_path / "again.encoder", replace(SHORT, n_steps=0), start=start)
+    for ours, theirs in zip(jax.tree.leaves(calibrated.encoder.first), jax.tree.leaves(start.encoder.first), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert calibrated.about["settings"] == start.about["settings"]
+    assert np.all(np.asarray(calibrated.encoder.widening) >= 1)
+    assert not np.array_equal(calibrated.encoder.widening, start.encoder.widening)  # of one scan instead of 36
 
 
 def test_a_file_without_the_named_map_is_refused():
