@@ -21,7 +21,7 @@ from scansteer.core.code_generation import for_blocks_of_voxels
 from scansteer.core.likelihood import Noise
 from scansteer.protocols.scan import load
 from scansteer.realtime import bench, encoder_file
-from scansteer.realtime.encoded import BLOCK, answer
+from scansteer.realtime.volume import BLOCK, answer
 
 
 def main(name: str = "mt-mouse-7T-30", n_voxels: int = 169_000) -> None:

@@ -51,10 +51,6 @@ class Coordinate(eqx.Module):
 
     def slope(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """d value / d z: the bell over the prior's density."""
-        if self._has_curve(axis, z):
-            lower, upper = self._sides(axis, z)
-            place, rise = (_chebyshev(each, z) for each in _curve(self.shapes[axis]))
-            return 2 * (upper - lower) * place * rise
         return jnp.exp(-0.5 * z**2 - self.log_prior(axis, self.value(axis, z))) / jnp.sqrt(2 * jnp.pi).astype(z.dtype)
 
     def log_prior(self, axis: int, value: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -69,7 +65,7 @@ class Coordinate(eqx.Module):
     def place(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Where z lies on the lattice's own axis, 0 .. 1 (the square root of the distance from the lower bound)."""
         if self._has_curve(axis, z):
-            return _chebyshev(_curve(self.shapes[axis])[0], z)
+            return _chebyshev(_curve(self.shapes[axis]), z)
         lower, upper = self._sides(axis, z)
         return jnp.sqrt(jnp.clip((self.value(axis, z) - lower) / (upper - lower), 0.0, 1.0))
 
@@ -80,7 +76,7 @@ class Coordinate(eqx.Module):
 
     def log_density(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log of the prior's density over the parameter, at z."""
-        return -0.5 * jnp.square(z) - jnp.log(self.slope(axis, z)) - 0.5 * jnp.log(2 * jnp.pi).astype(z.dtype)
+        return self.log_prior(axis, self.value(axis, z))
 
     def _has_curve(self, axis: int, z: Array) -> bool:
         """In single precision a polynomial takes a third of the time."""
@@ -91,14 +87,13 @@ class Coordinate(eqx.Module):
 
 
 @lru_cache
-def _curve(shape: PriorShape) -> tuple[np.ndarray, np.ndarray]:
-    """Chebyshev coefficients of `place` over the reach, to 5e-8, and of its derivative by z."""
+def _curve(shape: PriorShape) -> np.ndarray:
+    """Chebyshev coefficients of `place` over the reach, to 5e-8."""
     cheb = np.polynomial.chebyshev
     at = np.cos(np.pi * (np.arange(256) + 0.5) / 256)
     mass = scipy.special.ndtr(REACH * at)
     place = np.sqrt(0.5 - np.sin(np.arcsin(1 - 2 * mass) / 3) if shape == "beta" else mass)
-    coefficients = cheb.chebfit(at, place, 18 if shape == "beta" else 24)
-    return coefficients, cheb.chebder(coefficients) / REACH
+    return cheb.chebfit(at, place, 18 if shape == "beta" else 24)
 
 
 def _chebyshev(coefficients: np.ndarray, z: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -120,8 +115,12 @@ def points(
     mean: Float[Array, "voxel 2"], root: Float[Array, "voxel 3"], stencil: Float[np.ndarray, "point 2"]
 ) -> Float[Array, "2 point voxel"]:
     """mean + C e for every e of the stencil; `root` holds the lower triangle C11, C21, C22."""
-    first, second = (jnp.asarray(each, mean.dtype)[:, None] for each in stencil.T)
-    return jnp.stack([mean[:, 0] + root[:, 0] * first, mean[:, 1] + root[:, 1] * first + root[:, 2] * second])
+    return displaced(mean, root, jnp.asarray(stencil.T, mean.dtype)[:, :, None])
+
+
+def displaced(mean: Float[Array, "voxel 2"], root: Float[Array, "voxel 3"], step: Float[Array, "2 *point #voxel"]) -> Float[Array, "2 *point voxel"]:
+    """mean + C step, each voxel's own."""
+    return jnp.stack([mean[:, 0] + root[:, 0] * step[0], mean[:, 1] + root[:, 1] * step[0] + root[:, 2] * step[1]])
 
 
 def covariance(root: Float[Array, "*voxel 3"]) -> Float[Array, "*voxel 2 2"]:

@@ -275,7 +275,7 @@ def refine(
     along = (z[0] - mean[0]) / root[0]
     across = (z[1] - mean[1] - root[1] * along) / root[2]
     distance = along**2 + across**2
-    step, new = _newton(height)
+    step, new = newton(height)
     # how far from a Gaussian of the present width the nine values are
     excess = height[1:] + 0.5 * (distance[1:] - distance[:1])
     now = jnp.stack([*mean, jnp.log(root[0]), jnp.log(root[2]), root[1] / root[2]])
@@ -285,8 +285,8 @@ def refine(
     scale = jnp.exp(jnp.clip(out[2:4], -2.0, 2.0))
     c11, c22 = new[0] * scale[0], new[2] * scale[1]
     c21 = new[1] + out[4] * c22
-    moved = jnp.stack([mean[0] + root[0] * step[0], mean[1] + root[1] * step[0] + root[2] * step[1]], axis=1)
-    return Gaussian(_held(moved), jnp.stack([root[0] * c11, root[1] * c11 + root[2] * c21, root[2] * c22], axis=1)), found
+    moved = coordinates.displaced(before.mean, before.root, step)
+    return Gaussian(_held(moved.T), jnp.stack([root[0] * c11, root[1] * c11 + root[2] * c21, root[2] * c22], axis=1)), found
 
 
 def expand(encoder: Encoder, plan: Plan, state: State, z: Float[Array, "voxel 2"]) -> Expansion:
@@ -369,10 +369,12 @@ def anchor_features(encoder: Encoder, plan: Plan, state: State, noise: Noise) ->
 def _tempered(height: Float[Array, "anchor voxel"], plan: Plan) -> Float[Array, "feature voxel"]:
     """Mean, logarithms of the deviations and correlation under each temperature."""
     z = plan.places.T
-    moments = jnp.stack([jnp.ones_like(z[0]), *z, *z**2, z[0] * z[1]])
-    powers = 1 / jnp.asarray(TEMPERATURES, jnp.float32)[:, None]
-    weights = _once(jnp.exp(height[:, None] * powers + plan.log_mass[:, None, None]))
-    total, m1, m2, m11, m22, m12 = _once((moments @ weights.reshape(len(weights), -1)).reshape(6, *weights.shape[1:]))
+    moments = jnp.stack([jnp.ones_like(z[0]), *z, *z**2, z[0] * z[1]]) * jnp.exp(plan.log_mass)
+    weights = [jnp.exp(height / TEMPERATURES[-1])]
+    for _ in TEMPERATURES[1:]:  # each the fourth power of the one before, which is cheaper than its exponential; the highest loses 5e-4
+        weights.append(_once(jnp.square(jnp.square(weights[-1]))))
+    each = jnp.stack(weights[::-1], axis=1).reshape(len(height), -1)
+    total, m1, m2, m11, m22, m12 = _once((moments @ _once(each)).reshape(6, len(weights), -1))
     m1, m2 = m1 / total, m2 / total
     v1, v2 = jnp.maximum(m11 / total - m1**2, 1e-5), jnp.maximum(m22 / total - m2**2, 1e-5)
     correlation = jnp.clip((m12 / total - m1 * m2) / jnp.sqrt(v1 * v2), -1, 1)
@@ -432,7 +434,7 @@ def _context(state: State, noise: Noise) -> Float[Array, "context voxel"]:
     return jnp.stack([jnp.broadcast_to(one, level.shape) for one in each]).astype(jnp.float32)
 
 
-def _newton(h: Float[Array, "point voxel"]) -> tuple[Float[Array, "2 voxel"], Float[Array, "3 voxel"]]:
+def newton(h: Float[Array, "point voxel"]) -> tuple[Float[Array, "2 voxel"], Float[Array, "3 voxel"]]:
     """Step and root of the covariance, both in the stencil's units, from log densities at its points."""
     r, d = float(STENCIL[1, 0]), float(STENCIL[5, 0])
     g1, g2 = (h[1] - h[2]) / (2 * r), (h[3] - h[4]) / (2 * r)

@@ -22,10 +22,11 @@ from scansteer.core.tissue import Tissue
 from scansteer.protocols import forward, tissue_model
 from scansteer.protocols.scan import Scan, bounds
 from scansteer.realtime import encoder_file
-from scansteer.realtime.encoded import Volume, engine_maker, map_error
+from scansteer.realtime.encoded import engine_maker, map_error
 from scansteer.realtime.encoder_file import Trained
 from scansteer.realtime.images import Frame, Geometry
 from scansteer.realtime.session import AUXILIARIES, Session, to_scan_unit
+from scansteer.realtime.volume import Volume
 from scansteer.realtime.worker import Setup
 
 N_VOXELS = 2000

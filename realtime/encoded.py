@@ -9,44 +9,32 @@ and stops are vetoed.
 from __future__ import annotations
 
 import math
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from scansteer.core import agreement, design, gaussian_region, nuisance, signal_basis, voxel_columns
-from scansteer.core import coordinate as coordinates
-from scansteer.core import encoder as encoders
-from scansteer.core.code_generation import for_blocks_of_voxels, for_large_programs, with_barriers
-from scansteer.core.encoder import Encoder, Fit, Gaussian, Plan, State
+from scansteer.core import agreement, design, nuisance, voxel_columns
+from scansteer.core.code_generation import for_large_programs
+from scansteer.core.encoder import Gaussian
 from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info, Prior
-from scansteer.core.likelihood import Noise
 from scansteer.core.noise import NoiseEstimate
-from scansteer.core.signal_basis import Basis
-from scansteer.core.voxel_columns import Columns, Rows
 from scansteer.protocols import forward
 from scansteer.protocols.scan import SaturationBlock, Scan, bounds
 from scansteer.realtime.encoder_file import Trained, check, load, shipped
 from scansteer.realtime.messages import Audit
 from scansteer.realtime.reference import Reference
+from scansteer.realtime.volume import Volume
 
-BLOCK = 256
-"""Voxels per block: few, so that what is computed on the way stays in cache; fixed and padded, so that a voxel's answer is the same alone
-and in a volume."""
 VOLUME = 20_000
 """Voxels of a matrix from which on speed per voxel counts for more than being ready a few seconds earlier."""
-SEARCH = (0.5, 0.2)
-"""Scales of the search for the MAP, in standard deviations of the posterior."""
 N_AUDITED = 128
 """Voxels, enough for `design` to ask about and for the two bounds below: 5 % of 128 is more than six voxels' worth of draws."""
 N_DRAWS = 100
@@ -75,93 +63,6 @@ class Auditor(Reference):
             return self.absorb(signal, noise, self.scan.schedule[0], first=False)
         finally:
             self._told = None
-
-
-class Answer(NamedTuple):
-    """What the encoder says of one block."""
-
-    info: Info
-    posterior: Gaussian
-
-
-class Volume:
-    """The encoder alone: running sums and posteriors of many voxels in fixed blocks."""
-
-    def __init__(self, encoder: Encoder, columns: Columns, discrepancy: float, block: int = BLOCK, *, ready_soon: bool = False) -> None:
-        """Compile: ten seconds; about half of that with `ready_soon`, for code that takes half as long again per voxel."""
-        self.encoder, self.columns, self._block = encoder, columns, block
-        self._plan = encoders.plan(encoder)
-        self._discrepancy = jnp.asarray(discrepancy)
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-encoder")
-        static = eqx.filter(encoder, eqx.is_array, inverse=True)
-        step = partial(_step, static=static, kinds=columns.kinds)
-        options = for_blocks_of_voxels() | (for_large_programs() if ready_soon else {})
-        self._step = jax.jit(step, donate_argnums=0, compiler_options=options)
-        self._evaluate = eqx.filter_jit(_evaluate, compiler_options=with_barriers())  # pyright: ignore[reportCallIssue] - for jax.jit
-        self._draw = eqx.filter_jit(agreement.posterior_draw)
-        self._n_voxels = 0
-        self._rows: list[Rows] = []
-        self._states: list[State] = []
-        self._warm_up()
-
-    def begin(self, rows: Rows, n_voxels: int) -> None:
-        """Fix the voxels: `rows` as `core.voxel_columns.rows_of_voxels` gives them."""
-        n_blocks = -(-n_voxels // self._block)
-        shared = not self.columns.mapped
-        self._n_voxels = n_voxels
-        self._rows = [tuple(jnp.asarray(_padded(row, index, self._block), jnp.float32) for row in rows) for index in range(n_blocks)]
-        size = sum(self.encoder.basis.ranks)
-        self._states = [encoders.init(self._block, 1 if shared else self._block, size) for _ in range(n_blocks)]
-
-    def absorb(
-        self, expected: Float[np.ndarray, "node point"], signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate
-    ) -> Answer:
-        """Add one image and infer; `expected` are its simulated signals at every nuisance node. NumPy leaves over all voxels."""
-        columns = voxel_columns.at_mapped_nodes(self.columns, np.asarray(expected))
-        at_nodes = jnp.asarray(signal_basis.coefficients(self.encoder.basis, columns), jnp.float32)
-        known = Noise(jnp.asarray(float(noise.sigma)), jnp.asarray(float(noise.dof)), self._discrepancy)
-        weights = eqx.filter(self.encoder, eqx.is_array)
-
-        def one(index: int) -> Answer:
-            values = _padded(np.asarray(signal, np.float64)[None], index, self._block)[0]
-            self._states[index], answer = self._step(self._states[index], weights, self._plan, self._rows[index], at_nodes, known, values)
-            return jax.tree.map(np.asarray, answer)
-
-        answers = list(self._pool.map(one, range(len(self._states))))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: self._n_voxels], *answers)
-
-    def nrmse_at(self, values: Float[np.ndarray, "voxel 2"], noise: NoiseEstimate) -> Float[np.ndarray, " voxel"]:
-        """Norm of the residual over the norm of the signal at given (f, k), all else fitted, for comparisons by one measure."""
-        known = Noise(jnp.asarray(noise.sigma), jnp.asarray(noise.dof), self._discrepancy)
-        coordinate = self.encoder.coordinate
-        z = np.stack([np.asarray(coordinate.z(axis, jnp.asarray(values[:, axis], jnp.float32))) for axis in (0, 1)])
-        parts = []
-        for index, state in enumerate(self._states):
-            points = jnp.asarray(_padded(z, index, self._block).T)
-            residual = self._evaluate(self.encoder, self._plan, state, known, points).residual[0]
-            parts.append(np.sqrt(np.asarray(residual) / np.maximum(np.asarray(state.energy), 1e-30)))
-        return np.concatenate(parts)[: self._n_voxels]
-
-    def draw(self, key: jax.Array, posterior: Gaussian) -> Float[np.ndarray, "voxel 2"]:
-        """One random (f, k) per voxel from the posteriors that `absorb` gave."""
-        parts = []
-        for index in range(len(self._states)):
-            rows = np.minimum(np.arange(index * self._block, (index + 1) * self._block), self._n_voxels - 1)
-            block = jax.tree.map(lambda leaf, rows=rows: leaf[rows], posterior)
-            parts.append(np.asarray(self._draw(jax.random.fold_in(key, index), block, self.encoder.coordinate)))
-        return np.concatenate(parts)[: self._n_voxels]
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False)
-
-    def _warm_up(self) -> None:
-        mapped = [axis for axis in self.columns.axes if axis.name in self.columns.mapped]
-        self.begin(tuple(np.full((2, 2, axis.n_nodes), 1 / axis.n_nodes) for axis in mapped), 2)
-        nodes = int(np.prod([axis.n_nodes for axis in self.columns.axes], dtype=int))
-        made_up = np.full((nodes + 1, self.encoder.basis.functions.shape[1]), 0.5), np.full(2, 0.5), NoiseEstimate(0.01, 10.0)
-        for _ in range(2):
-            self.draw(jax.random.PRNGKey(0), self.absorb(*made_up).posterior)
-        self.begin((), 0)
 
 
 class Encoded:
@@ -324,77 +225,6 @@ def map_error(scan: Scan, name: str, values: np.ndarray) -> np.ndarray:
     """Standard deviation of a map, as the scan states it."""
     described = scan.auxiliaries[name]  # type: ignore[index]
     return np.hypot(described.map_error, described.map_error_relative * values)
-
-
-def voxel_coefficients(basis: Basis, kinds: tuple[int, ...], rows: Rows, at_nodes: jax.Array) -> Float[jax.Array, "function voxel"]:
-    """One image's coefficients of every voxel, from those at the nodes of what is mapped."""
-    blocks = zip(kinds, basis.blocks, strict=True)
-    return jnp.concatenate([at_nodes[:, block].T @ voxel_columns.weights(rows, kind).T for kind, block in blocks])
-
-
-def answer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Answer:
-    """Posterior and summary of every voxel.
-
-    The MAP is sought among the points of the last refinement and then, twice and ever closer, about the best of them: where the posterior is a
-    curved ridge, its mean does not lie on it. The likelihood's peak and the point halfway to it are tried beside.
-    """
-    posterior, expansion, seen = encoders.infer(encoder, plan, state, noise)
-    peak = jax.lax.optimization_barrier(gaussian_region.mode(posterior))
-    ends = jnp.stack([peak, 0.5 * (posterior.mean.T + peak)], axis=1)
-
-    def closer(best: tuple[jax.Array, Fit], scale: jax.Array) -> tuple[tuple[jax.Array, Fit], None]:
-        about = coordinates.points(best[0].T, scale * posterior.root, encoders.STENCIL)
-        z = jax.lax.optimization_barrier(jnp.clip(jnp.concatenate([about, ends], axis=1), -4.5, 4.5))
-        return _most_probable(encoder, z, encoders.evaluate(encoder, plan, expansion, noise, z)), None
-
-    start = _most_probable(encoder, seen.z, Fit(*(seen.log_likelihood,) * 3))  # its centre is looked at again: only where it is counts
-    best, at = jax.lax.scan(closer, start, jnp.asarray(SEARCH, jnp.float32))[0]
-    nrmse = jnp.sqrt(at.residual / jnp.maximum(state.energy.astype(jnp.float32), 1e-30))
-    summary = gaussian_region.summarise(posterior, best, encoder.coordinate)
-    return Answer(Info(summary, nrmse, at.amplitude), posterior)
-
-
-def _most_probable(
-    encoder: Encoder, z: Float[jax.Array, "2 point voxel"], fit: Fit
-) -> tuple[Float[jax.Array, "2 voxel"], Fit]:
-    """Of the points at which each voxel's likelihood is known, the one of the highest density over (f, k), and the fit there."""
-    density = sum(encoder.coordinate.log_density(axis, z[axis]) for axis in (0, 1))
-    heights, z, fit = jax.lax.optimization_barrier((fit.log_likelihood + density, z, fit))
-    best, height = jax.tree.map(lambda leaf: leaf[..., 0, :], (z, fit)), heights[0]
-    for number in range(1, len(heights)):
-        higher = heights[number] > height
-        best = jax.tree.map(lambda leaf, so_far, number=number, higher=higher: jnp.where(higher, leaf[..., number, :], so_far), (z, fit), best)
-        height = jnp.maximum(heights[number], height)
-    return best
-
-
-def _evaluate(encoder: Encoder, plan: Plan, state: State, noise: Noise, z: Float[jax.Array, "voxel 2"]) -> Fit:
-    """The fit at one point per voxel."""
-    return encoders.evaluate(encoder, plan, encoders.expand(encoder, plan, state, z), noise, z.T[:, None])
-
-
-def _step(
-    state: State,
-    weights: Encoder,
-    plan: Plan,
-    rows: Rows,
-    at_nodes: jax.Array,
-    noise: Noise,
-    signal: jax.Array,
-    *,
-    static: Encoder,
-    kinds: tuple[int, ...],
-) -> tuple[State, Answer]:
-    """Add one image and infer; `weights` are the encoder's arrays, `static` is what else it holds."""
-    encoder = eqx.combine(weights, static)
-    state = encoders.update(encoder.basis, state, voxel_coefficients(encoder.basis, kinds, rows, at_nodes), signal)
-    return state, answer(encoder, plan, state, noise)
-
-
-def _padded(values: np.ndarray, index: int, block: int) -> np.ndarray:
-    """(.., voxel, ..) -> one block along axis 1 (axis 0 leads), the last one padded with copies of its last voxel."""
-    n = values.shape[1]
-    return values[:, np.minimum(np.arange(index * block, (index + 1) * block), n - 1)]
 
 
 def _disagree(audit: Audit) -> bool:

@@ -20,12 +20,13 @@ from scansteer.core.grid_posterior import Info
 from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols.scan import Scan, bounds
 from scansteer.realtime import calibration, encoder_file
-from scansteer.realtime.encoded import Answer, Auditor, Volume, map_error
+from scansteer.realtime.encoded import Auditor, map_error
 from scansteer.realtime.encoder_file import Trained
 from scansteer.realtime.recording import Recording, read
 from scansteer.realtime.reference import Reference
 from scansteer.realtime.simulated import GROUP, Conditions, Simulator
 from scansteer.realtime.training import shown
+from scansteer.realtime.volume import Answer, Volume
 
 N_DRAWS = 200
 CHUNK = 256

@@ -9,7 +9,8 @@ from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols import forward
 from scansteer.protocols.builtin import BUILTIN
 from scansteer.realtime import encoder_file
-from scansteer.realtime.encoded import N_AUDITED, Encoded, Volume, map_error, sampled
+from scansteer.realtime.encoded import N_AUDITED, Encoded, map_error, sampled
+from scansteer.realtime.volume import Volume
 
 MOUSE = BUILTIN["mt-mouse-7T-30"]
 
