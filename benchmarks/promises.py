@@ -4,6 +4,7 @@
     python benchmarks/promises.py loops SCAN [RUNS] [WORLD ...]    single voxels drawn from the priors, scanned adaptively until they may stop
     python benchmarks/promises.py steering SCAN [DRAWS] [SEED]     scenes of six voxels to the published schedule's last area: what steering saves
     python benchmarks/promises.py priors SCAN [SCENES]             scenes of 64 voxels drawn from the priors, under the pulses of other steered scans
+    python benchmarks/promises.py quadrature SCAN                  64 voxels of a real scan, beside every range cut in two slices
 
 Errors of a real scan are against its own last image. For "moves as it says", z = (theta_n - theta_30) / sqrt(V_n - V_30) should have an rms
 of 1; V is that of a normal with the width of the 95 % interval. Voxels whose V shrank by less than a twentieth since n have no z, and are counted.
@@ -28,6 +29,8 @@ from scansteer.protocols.prospect import Prospect
 from scansteer.protocols.scan import SaturationBlock, Scan, load
 from scansteer.realtime.images import Frame
 from scansteer.realtime.messages import Decision
+from scansteer.realtime.recording import read
+from scansteer.realtime.reference import Reference
 from scansteer.realtime.session import Session
 from scansteer.realtime.sources import open_source
 from scansteer.realtime.worker import Setup
@@ -40,6 +43,8 @@ FILES = {"larg-phantom-9.4T": "larg_phantom_9T4", "larg-phantom-9.4T-wide": "lar
 VIALS = ((24, 18), (25, 44), (44, 30))
 """Centres (row, column) in the phantom."""
 VIAL_RADIUS_SQUARED = 130
+QUADRATURE_AT = 3, 8, 18, 30
+"""Numbers of images at which `quadrature` looks."""
 N_STEERED, LONGEST = 8, 14
 """Scans whose pulses `priors` uses, and how many images of them."""
 
@@ -169,6 +174,29 @@ def priors(name: str, scenes: int = 24) -> None:
         print(f"n = {n}: {np.mean(found <= 0.5):.1%} and {np.mean(found <= 0.95):.1%} of {len(found)}")
 
 
+def quadrature(name: str) -> None:
+    """Print how far the posterior moves where every unmeasured nuisance's range is cut in two, and each combination of halves is one of a mixture."""
+    scan = load(name)
+    recording, _ = read(DATA / f"{FILES[name]}.h5", scan, None, {})
+    chosen = np.random.default_rng(0).choice(recording.signals.shape[1], 64, replace=False)
+    signals, maps = recording.signals[:, chosen], {each: values[chosen] for each, values in recording.maps.items()}
+    plain, finer = (Reference(scan, list(recording.maps), n_slices=n_slices) for n_slices in (1, 2))
+    for each in (plain, finer):
+        each.begin(maps, signals[0])
+    n_combinations = 2 ** sum(axis.name not in maps for axis in plain.model.axes)
+    print(f"\n## {name}: one beside {n_combinations} combinations of halves\n")
+    for n, (signal, noise, block) in enumerate(zip(signals, recording.noise, scan.schedule, strict=True), 1):
+        ours, theirs = (each.absorb(signal, noise, block, first=n == 1).summary for each in (plain, finer))
+        if n not in QUADRATURE_AT:
+            continue
+        for axis, parameter in enumerate(scan.parameter_names):
+            sd = np.sqrt(theirs.covariance[:, axis, axis])
+            moved, wider = (ours.mean[:, axis] - theirs.mean[:, axis]) / sd, np.sqrt(ours.covariance[:, axis, axis]) / sd
+            spread = "-".join(f"{each:.2f}" for each in np.percentile(wider, (5, 95)))
+            print(f"n = {n}, {parameter}: mean moved by {np.median(moved):+.2f} sd (rms {np.sqrt(np.mean(moved**2)):.2f}), "
+                  f"sd {np.median(wider):.2f} of the finer one's ({spread})", flush=True)  # fmt: skip
+
+
 def steering(name: str, draws: int = 500, seed: int = 0) -> None:
     """Print who needs how many images and seconds."""
     scan = load(name)
@@ -206,7 +234,7 @@ def _rounded(value: object) -> object:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["real"]
-    if what in (by_name := {"loops": loops, "steering": steering, "priors": priors}):
+    if what in (by_name := {"loops": loops, "steering": steering, "priors": priors, "quadrature": quadrature}):
         by_name[what](rest[0], *(int(each) if each.isdigit() else each for each in rest[1:]))  # type: ignore[arg-type]
     else:
         for scan_name in rest or FILES:

@@ -32,12 +32,12 @@ class Model(NamedTuple):
         return self.chain_axes + self.tissue_axes
 
 
-def model(scan: Scan, n_points: tuple[int, int] = N_POINTS) -> Model:
-    """Assemble the arrays; nothing is simulated yet."""
+def model(scan: Scan, n_points: tuple[int, int] = N_POINTS, n_slices: int = 1) -> Model:
+    """Assemble the arrays; nothing is simulated yet. Ranges of nuisances are cut into `n_slices` (core.nuisance)."""
     fraction, rate = scan.parameters.values()
     lower, upper = jnp.array([fraction.lower, rate.lower]), jnp.array([fraction.upper, rate.upper])
     prior = grid_posterior.make_prior(lower, upper, n_points, (fraction.prior, rate.prior))
-    chain, tissue = chain_axes(scan), tissue_axes(scan)
+    chain, tissue = (tuple(axis._replace(n_slices=n_slices) for axis in axes) for axes in (chain_axes(scan), tissue_axes(scan)))
     forward = simulated(scan, (chain, nuisance.tensor_nodes(chain)), (tissue, nuisance.tensor_nodes(tissue)))
     return Model(chain, tissue, forward, prior)
 

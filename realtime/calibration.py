@@ -47,11 +47,15 @@ class Simulated(NamedTuple):
 
 
 def widened(simulator: Simulator, encoder: Encoder, seed: int, n_scans: int, tell: Tell) -> Encoder:
-    """The same encoder with the factors that make its 95 % regions hold `AIM` of the truths of other simulated scans; none below 1."""
+    """The same encoder with the factors that make its 95 % regions hold `AIM` of the truths of other simulated scans; none below 1.
+
+    A factor is that of its number of images and the two beside it together, for from scan to scan they scatter more than they differ.
+    """
     plain = eqx.tree_at(lambda e: e.widening, encoder, jnp.ones_like(encoder.widening))
     scans = list(_simulated(simulator, plain, (seed, 7), n_scans, tell, "widening"))
     distances = np.concatenate([_distances(each.drawn.truth, each.encoded) for each in scans], axis=1)
-    factors = np.maximum(np.sqrt(np.quantile(distances, AIM, axis=1) / stats.chi2.ppf(0.95, 2)), 1.0)
+    reached = np.array([np.quantile(distances[max(0, index - 1) : index + 2], AIM) for index in range(len(distances))])
+    factors = np.maximum(np.sqrt(reached / stats.chi2.ppf(0.95, 2)), 1.0)
     size = len(encoder.widening)
     factors = np.pad(factors[:size], (0, max(0, size - len(factors))), mode="edge")
     return eqx.tree_at(lambda e: e.widening, encoder, jnp.asarray(factors, jnp.float32))

@@ -63,7 +63,7 @@ class Reference:
     veto: str | None = None
     """Why a stop is out of the question; none: nothing speaks against it."""
 
-    def __init__(self, scan: Scan, mapped: Sequence[str], n_points: tuple[int, int] = forward.N_POINTS) -> None:
+    def __init__(self, scan: Scan, mapped: Sequence[str], n_points: tuple[int, int] = forward.N_POINTS, n_slices: int = 1) -> None:
         """Compile and simulate the schedule: seconds.
 
         Parameters
@@ -72,9 +72,11 @@ class Reference:
             Names of the auxiliaries (`t1_s`, ..) that come as maps; the others are marginalised over their ranges.
         n_points
             Lattice over the box of (f, k).
+        n_slices
+            Into how many slices the range of everything unmeasured is cut: a finer quadrature, to check the plain one against.
         """
         self.scan = scan
-        self.model = forward.model(scan, n_points)
+        self.model = forward.model(scan, n_points, n_slices)
         self._mapped = frozenset(mapped) & {axis.name for axis in self.model.axes}
         lower, upper = bounds(scan.readout.offset)
         self._coefficients = [*nuisance.coefficients(self.model.axes, self._mapped), *(["offset"] if upper > lower else [])]

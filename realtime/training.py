@@ -86,11 +86,13 @@ class Settings:
     """Weight of the evidence lower bound beside the reference's moments."""
     share_measured: float = 0.25
     """Of a batch, where there are measured scans."""
+    n_widening_scans: int = 72
+    """Simulated scans, not trained on, from which the factors of the widening come."""
     n_calibration_scans: int = 36
-    """Simulated scans, not trained on, from which the factors of the widening come, and as many others for the calibration figures."""
+    """Yet others, for the calibration figures."""
 
 
-FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, learning_rate=1e-3, n_calibration_scans=18)
+FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, learning_rate=1e-3, n_widening_scans=18, n_calibration_scans=18)
 """What is usual where a run starts from trained weights."""
 
 
@@ -155,7 +157,7 @@ def train(
             simulated = simulate(simulator, encoder.basis, settings, pool, tell)
             measured = joined([of_recording(simulator, encoder.basis, each, settings.seed) for each in recordings]) if recordings else None
             encoder = optimise(simulator, encoder, simulated, measured, out, settings, tell, digest(start))
-        encoder = calibration.widened(simulator, encoder, settings.seed, settings.n_calibration_scans, tell)
+        encoder = calibration.widened(simulator, encoder, settings.seed, settings.n_widening_scans, tell)
         figures = calibration.calibrate(simulator, encoder, settings.seed, settings.n_calibration_scans, pool, tell)
     about = {
         "settings": asdict(settings),

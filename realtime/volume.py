@@ -188,9 +188,18 @@ def _highest(height: Float[jax.Array, "point voxel"], tree):
 
 
 def voxel_coefficients(basis: Basis, kinds: tuple[int, ...], rows: Rows, at_nodes: jax.Array) -> Float[jax.Array, "function voxel"]:
-    """One image's coefficients of every voxel, from those at the nodes of what is mapped."""
-    blocks = zip(kinds, basis.blocks, strict=True)
-    return jnp.concatenate([at_nodes[:, block].T @ voxel_columns.weights(rows, kind).T for kind, block in blocks])
+    """One image's coefficients of every voxel, from those at the nodes of what is mapped.
+
+    The first half of the maps by a matrix product, the others within each voxel: the weights of all nodes at once would be a thousand per
+    voxel where there are six maps.
+    """
+    half = (len(rows) + 1) // 2
+    result = []
+    for kind, block in zip(kinds, basis.blocks, strict=True):
+        outer, inner = voxel_columns.weights(rows[:half], kind), voxel_columns.weights(rows[half:], kind - half)
+        at_inner = outer @ at_nodes[:, block].reshape(outer.shape[1], -1)
+        result.append(jnp.einsum("vn,vnm->mv", inner, at_inner.reshape(len(outer), inner.shape[1], -1)))
+    return jnp.concatenate(result)
 
 
 def _answer_blocks(

@@ -146,7 +146,7 @@ def test_the_order_of_images_changes_nothing(world):
 def test_newton_finds_the_peak_of_a_gaussian():
     stencil, precision, peak = encoders.STENCIL, np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([0.4, -0.7])
     height = -0.5 * np.einsum("pi,ij,pj->p", stencil - peak, precision, stencil - peak)
-    step, root = encoders._newton(jnp.asarray(height - height[0], jnp.float32)[:, None])
+    step, root = encoders.newton(jnp.asarray(height - height[0], jnp.float32)[:, None])
     np.testing.assert_allclose(step[:, 0], peak, atol=1e-5)
     root = root.T
     covariance = np.array([[root[0, 0], 0], [root[0, 1], root[0, 2]]])
