@@ -76,7 +76,7 @@ class Coordinate(eqx.Module):
 
     def log_density(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log of the prior's density over the parameter, at z."""
-        return self.log_prior(axis, self.value(axis, z))
+        return jnp.broadcast_to(self.log_prior(axis, self.value(axis, z)), z.shape)
 
     def _has_curve(self, axis: int, z: Array) -> bool:
         """In single precision a polynomial takes a third of the time."""

@@ -8,8 +8,8 @@ Decoding, in the coordinate z where the prior is N(0, 1) (core.coordinate), in s
 
 1. the marginal likelihood (that of core.likelihood, with the voxel's own amplitude) at 8 x 8 anchors, raised to the powers
    1, 1/4, .. 1/4096; mean and covariance under each feed a small perceptron that gives a first Gaussian;
-2. three times, and the third once more: the same likelihood at nine points of the Gaussian found so far. A Newton step through them, corrected by a
-   perceptron that sees how far the nine values are from those of a Gaussian, gives the next one;
+2. several times, four unless training says otherwise: the same likelihood at nine points of the Gaussian found so far. A Newton step through
+   them, corrected by a perceptron that sees how far the nine values are from those of a Gaussian, gives the next one;
 3. the last one is widened by a factor for each number of images, calibrated on simulated truths: a Gaussian of the very mean and
    covariance of a curved or box-limited posterior holds fewer of them in its 95 % region than 95 %.
 
@@ -46,8 +46,6 @@ N_ANCHORS = 8
 TEMPERATURES = tuple(4.0**power for power in range(7))
 STENCIL = np.array([(0, 0), (1.5, 0), (-1.5, 0), (0, 1.5), (0, -1.5), (1.1, 1.1), (-1.1, -1.1), (1.1, -1.1), (-1.1, 1.1)])
 """Points of a refinement, in standard deviations of the Gaussian found so far."""
-N_REFINEMENTS = 3
-"""Unless training says otherwise. Narrow posteriors, a fiftieth of the prior wide, need the third."""
 N_WIDENED = 32
 """Numbers of images that have a factor of their own in `Encoder.widening`."""
 WIDTHS = (64, 48)
@@ -134,8 +132,6 @@ class Encoder(eqx.Module):
     coordinate: Coordinate
     widening: Float[Array, " image"]
     """Factors on the last stage's deviations after 1, 2, .. images, the last of them also after more; 1 before calibration."""
-    repeats: int = eqx.field(static=True, default=0)
-    """How often the last refinement is applied again, with the same weights: narrow posteriors are still on their way."""
 
 
 class Plan(eqx.Module):
@@ -153,14 +149,14 @@ class Plan(eqx.Module):
     """Log of the prior mass that an anchor stands for."""
 
 
-def make(key: PRNGKeyArray, basis: Basis, coordinate: Coordinate, n_refinements: int = N_REFINEMENTS, repeats: int = 0) -> Encoder:
+def make(key: PRNGKeyArray, basis: Basis, coordinate: Coordinate, n_refinements: int) -> Encoder:
     """An untrained encoder: its refinements are plain Newton steps."""
     keys = jax.random.split(key, 1 + n_refinements)
     n_first = 5 * len(TEMPERATURES) + N_CONTEXT
     n_refine = len(STENCIL) - 1 + 5 + 5 + N_CONTEXT
     first = Stage(n_first, WIDTHS[0], key=keys[0])
     refine = tuple(Stage(n_refine, WIDTHS[1], key=each) for each in keys[1:])
-    return Encoder(first, refine, basis, coordinate, jnp.ones(N_WIDENED, jnp.float32), repeats)
+    return Encoder(first, refine, basis, coordinate, jnp.ones(N_WIDENED, jnp.float32))
 
 
 def plan(encoder: Encoder) -> Plan:
@@ -220,7 +216,7 @@ def update(basis: Basis, state: State, coefficients: Float[Array, "function grou
 
 
 def stages(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> tuple[Gaussian, ...]:
-    """The Gaussian after each stage, the last refinement once; for training."""
+    """The Gaussian after each stage; for training."""
     context = _context(state, noise)
     posterior = first_guess(encoder, anchor_features(encoder, plan, state, noise), context)
     expansion = expand(encoder, plan, state, jax.lax.stop_gradient(posterior.mean))
@@ -240,7 +236,7 @@ def infer(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> tuple[Gau
     posterior = first_guess(encoder, anchor_features(encoder, plan, state, noise), context)
     posterior = _once(posterior)
     expansion = _once(expand(encoder, plan, state, posterior.mean))
-    arrays, rest = zip(*(eqx.partition(stage, eqx.is_array) for stage in encoder.refine + encoder.refine[-1:] * encoder.repeats), strict=True)
+    arrays, rest = zip(*(eqx.partition(stage, eqx.is_array) for stage in encoder.refine), strict=True)
 
     def again(before: tuple[Gaussian, Points], weights: Stage) -> tuple[tuple[Gaussian, Points], None]:
         return refine(eqx.combine(weights, rest[0]), encoder, plan, expansion, noise, context, before[0]), None

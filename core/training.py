@@ -30,7 +30,7 @@ from scansteer.core.likelihood import Noise
 
 N_DRAWS = 4
 """Of z per voxel for the lower bound."""
-TOWARDS = 0.3
+TOWARDS = 0.7
 """Share of the divergence from q to the reference."""
 LARGEST = 20.0
 """Divergences are bent to grow like the logarithm beyond this: no single voxel steers a step."""
@@ -98,9 +98,10 @@ def loss(encoder: Encoder, plan: Plan, key: PRNGKeyArray, samples: Samples, weig
     return total, Losses(moments, early[0], bound)
 
 
-def unshared(encoder: Encoder) -> Encoder:
-    """The same encoder with the repeats of its last refinement as refinements of their own, free to learn apart."""
-    return Encoder(encoder.first, encoder.refine + encoder.refine[-1:] * encoder.repeats, encoder.basis, encoder.coordinate, encoder.widening)
+def deepened(encoder: Encoder, n_refinements: int) -> Encoder:
+    """The same encoder with at least so many refinements: copies of the last, free to learn apart."""
+    more = max(0, n_refinements - len(encoder.refine))
+    return eqx.tree_at(lambda e: e.refine, encoder, encoder.refine + encoder.refine[-1:] * more)
 
 
 def trainable(encoder: Encoder) -> Encoder:

@@ -156,6 +156,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
     steps: Annotated[int | None, typer.Option(min=0, help="Optimiser steps; default: 3000, or 600 with --from. 0: calibrate only.")] = None,
     start: Annotated[str | None, typer.Option("--from", metavar="FILE|shipped", help="Trained weights of this scan to start from.")] = None,
+    refinements: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Stages after the first; default: 4, or with --from those of the weights, which may gain some.")
+    ] = None,
     roi: RoiOption = None,
     map_: MapOption = None,
 ) -> None:
@@ -163,7 +166,7 @@ def train(
     from scansteer.realtime.training import train_files
 
     roles = tuple(_split(mapped)) if mapped is not None else None
-    train_files(_scan(scan), files or [], out, roles, roi, _pairs(map_, "--map"), seed, steps, start)
+    train_files(_scan(scan), files or [], out, roles, roi, _pairs(map_, "--map"), seed, steps, start, refinements)
 
 
 @app.command()

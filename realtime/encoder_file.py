@@ -25,7 +25,7 @@ from scansteer.core.errors import InputError, ScansteerError
 from scansteer.core.signal_basis import Basis
 from scansteer.protocols.scan import Scan
 
-FORMAT = 2
+FORMAT = 3
 SUFFIX = ".encoder"
 UNRELATED = ("name", "description", "schema_version", "matrix", "stop", "limits")
 """Fields of a scan in which the one of a session may differ from the one of its encoder."""
@@ -53,7 +53,7 @@ def to_bytes(trained: Trained) -> bytes:
         "physics": trained.physics,
         "mapped": trained.mapped,
         "ranks": trained.encoder.basis.ranks,
-        "refinements": (len(trained.encoder.refine), trained.encoder.repeats),
+        "refinements": len(trained.encoder.refine),
         **trained.about,
     }
     leaves = jax.tree.leaves(eqx.filter(trained.encoder, eqx.is_array))
@@ -102,8 +102,7 @@ def from_bytes(packed: bytes, source: str) -> Trained:
             tuple(about.pop("mapped")),
             tuple(about.pop("ranks")),
         )
-        n_refinements, repeats = about.pop("refinements")
-        return Trained(_filled(physics["parameters"], ranks, (n_refinements, repeats), leaves), name, physics, mapped, about)
+        return Trained(_filled(physics["parameters"], ranks, about.pop("refinements"), leaves), name, physics, mapped, about)
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
@@ -150,13 +149,13 @@ def _listed(mapped: tuple[str, ...]) -> str:
     return f"maps of {', '.join(sorted(mapped))}" if mapped else "no maps"
 
 
-def _filled(parameters: dict[str, Any], ranks: tuple[int, ...], refinements: tuple[int, int], leaves: list[np.ndarray]) -> Encoder:
+def _filled(parameters: dict[str, Any], ranks: tuple[int, ...], n_refinements: int, leaves: list[np.ndarray]) -> Encoder:
     """An encoder of the right shape with the given leaves."""
     fraction, rate = parameters.values()
     lower, upper = (jnp.array([fraction[side], rate[side]]) for side in ("lower", "upper"))
     coordinate = Coordinate(lower, upper, (fraction["prior"], rate["prior"]))
     basis = Basis(jnp.zeros((sum(ranks), lattice.N_NODES**2), jnp.float32), ranks)
-    skeleton = eqx.filter_eval_shape(encoders.make, jax.random.PRNGKey(0), basis, coordinate, *refinements)  # shapes alone: nothing compiles
+    skeleton = eqx.filter_eval_shape(encoders.make, jax.random.PRNGKey(0), basis, coordinate, n_refinements)  # shapes alone: nothing compiles
     blank, rest = eqx.partition(skeleton, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     expected, structure = jax.tree.flatten(blank)
     if [leaf.shape for leaf in expected] != [leaf.shape for leaf in leaves]:

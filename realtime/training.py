@@ -80,6 +80,7 @@ class Settings:
     n_steps: int = 3000
     """None: the weights stay as they are, and are calibrated anew."""
     n_refinements: int = 4
+    """Stages after the first. Trained weights to start from may have more; fewer are made up by copies of the last."""
     batch: int = 768
     learning_rate: float = 3e-3
     lower_bound: float = 0.05
@@ -92,8 +93,8 @@ class Settings:
     """Yet others, for the calibration figures."""
 
 
-FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, learning_rate=1e-3, n_widening_scans=18, n_calibration_scans=18)
-"""What is usual where a run starts from trained weights."""
+FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, n_refinements=1, learning_rate=1e-3, n_widening_scans=18, n_calibration_scans=18)
+"""What is usual where a run starts from trained weights, with the refinements that they have."""
 
 
 class Bank(NamedTuple):
@@ -151,7 +152,7 @@ def train(
         check(start, scan, tuple(mapped))
     tell("simulating pulses", 0, 1)
     simulator = Simulator(scan, mapped, settings.seed)
-    encoder = untrained(simulator, settings) if start is None else training.unshared(start.encoder)
+    encoder = untrained(simulator, settings) if start is None else training.deepened(start.encoder, settings.n_refinements)
     with ThreadPoolExecutor(2) as pool:
         if settings.n_steps:
             simulated = simulate(simulator, encoder.basis, settings, pool, tell)
@@ -367,6 +368,7 @@ def train_files(
     seed: int = 0,
     steps: int | None = None,
     start: str | None = None,
+    refinements: int | None = None,
 ) -> None:
     """The command: read the files, train with progress on the terminal, say what came out.
 
@@ -378,6 +380,8 @@ def train_files(
         Of the optimiser; none: as many as usual.
     start
         File of weights to start from, or `shipped`.
+    refinements
+        Stages after the first; none: as many as usual, or as those weights have.
 
     Raises
     ------
@@ -388,7 +392,8 @@ def train_files(
     if steps == 0 and trained is None:
         raise InputError("--steps 0 calibrates weights that are trained; name them with --from.")
     usual = Settings() if trained is None else FURTHER
-    settings = replace(usual, seed=seed, n_steps=usual.n_steps if steps is None else steps)
+    chosen = {"n_steps": steps, "n_refinements": refinements}
+    settings = replace(usual, seed=seed, **{name: value for name, value in chosen.items() if value is not None})
     with shown() as tell:
         recordings = []
         for number, file in enumerate(files):

@@ -169,15 +169,16 @@ def test_only_perceptrons_learn(world):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(learnt))
 
 
-def test_repeats_of_the_last_refinement_may_learn_apart_and_start_alike(world):
-    first, _, images = world
-    encoder = encoders.Encoder(first.first, first.refine, first.basis, first.coordinate, first.widening, repeats=2)
-    apart = training.unshared(encoder)
-    assert (len(apart.refine), apart.repeats) == (4, 0)
+def test_an_encoder_is_deepened_by_copies_of_its_last_refinement_that_go_on_from_there(world):
+    shallow, _, images = world
+    deep = training.deepened(shallow, 4)
+    assert (len(shallow.refine), len(deep.refine), len(training.deepened(deep, 1).refine)) == (2, 4, 4)
     state = state_of(world, measured(images, np.random.default_rng(3), 8))
-    ours, theirs = (compiled(encoders.infer)(each, encoders.plan(each), state, NOISE)[0] for each in (apart, encoder))
-    np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-6)
-    np.testing.assert_allclose(ours.root, theirs.root, atol=1e-6)
+    before, after = (compiled(encoders.stages)(each, encoders.plan(each), state, NOISE) for each in (shallow, deep))
+    for ours, theirs in zip(after[:3], before, strict=True):
+        np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-6)
+        np.testing.assert_allclose(ours.root, theirs.root, atol=1e-6)
+    assert np.max(np.abs(after[3].mean - after[2].mean)) > 1e-6
 
 
 def test_the_last_gaussian_is_widened_by_the_factor_of_its_number_of_images(world):

@@ -92,7 +92,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
 @pytest.mark.long
 def test_a_run_from_trained_weights_keeps_their_basis_and_is_better_than_one_from_nothing(tmp_path):
     start = weights_of("shipped", PHANTOM)
-    settings = Settings(seed=3, n_scans=2, n_groups=1, n_short_scans=2, n_steps=20, batch=64, n_widening_scans=1, n_calibration_scans=1, learning_rate=1e-4)
+    settings = replace(SHORT, learning_rate=1e-4)
     trained = train(PHANTOM, (), tmp_path / "further.encoder", settings, start=start)
     np.testing.assert_array_equal(trained.encoder.basis.functions, start.encoder.basis.functions)
     assert trained.about["start"] == training.digest(start)
