@@ -5,7 +5,7 @@ And what makes it so: `widened` sets the factors by which its posteriors are wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from scansteer.core import training
 from scansteer.core.code_generation import with_barriers
 from scansteer.core.encoder import Encoder, Gaussian, State
 from scansteer.core.likelihood import Noise
+from scansteer.realtime.progress import Tell
 from scansteer.realtime.simulated import DOF_RANGE, SIGMA_RANGE, Conditions, Drawn, Simulator
 
 LEVELS = (0.5, 0.8, 0.95)
@@ -32,8 +33,6 @@ AIM = 0.94
 """Share of simulated truths that the 95 % region is widened to hold. Not more: what is wider than the reference is farther from it, and from
 scan to scan the share differs by a point either way."""
 
-Tell = Callable[[str, int, int], None]
-"""What is going on, how much is done, of how much."""
 
 
 class Simulated(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from scansteer.protocols.scan import Scan, bounds
 from scansteer.realtime import calibration, encoder_file
 from scansteer.realtime.encoded import Auditor, map_error
 from scansteer.realtime.encoder_file import Trained
+from scansteer.realtime.progress import Tell, shown
 from scansteer.realtime.recording import Recording, read
 from scansteer.realtime.reference import Reference
 from scansteer.realtime.simulated import GROUP, Conditions, Simulator
-from scansteer.realtime.training import shown
 from scansteer.realtime.volume import Answer, Volume
 
 N_DRAWS = 200
@@ -36,7 +35,7 @@ N_SIMULATED_GROUPS = 16
 """Groups of 64 voxels of like maps in a simulated scan that stands in for a measured one."""
 SIMULATED_SIGMA = 5e-3
 """Its noise [fraction of M0]; the published scans have 0.4-1 %."""
-Tell = Callable[[str, int, int], None]
+
 
 
 def evaluate(

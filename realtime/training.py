@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from scansteer.core import encoder as encoders
 from scansteer.core import training
@@ -39,6 +35,7 @@ from scansteer.core.training import Samples, Weights
 from scansteer.protocols.scan import Scan
 from scansteer.realtime import calibration
 from scansteer.realtime.encoder_file import Trained, check, load, physics_of, save, shipped, to_bytes
+from scansteer.realtime.progress import Tell, shown
 from scansteer.realtime.recording import AUXILIARIES, Recording, read
 from scansteer.realtime.simulated import (
     DOF_RANGE,
@@ -59,10 +56,6 @@ MOST_VOXELS_OF_RECORDING = 1024
 """Voxels drawn from a measured scan."""
 SUBSETS_PER_VOXEL = 12
 """Random subsets of a measured scan's images, for each of its voxels."""
-
-Tell = Callable[[str, int, int], None]
-"""What is going on, how much is done, of how much."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -93,8 +86,8 @@ class Settings:
     """Yet others, for the calibration figures."""
 
 
-FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, n_refinements=1, learning_rate=1e-3, n_widening_scans=18, n_calibration_scans=18)
-"""What is usual where a run starts from trained weights, with the refinements that they have."""
+FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, learning_rate=1e-3, n_widening_scans=18, n_calibration_scans=18)
+"""What is usual where a run starts from trained weights."""
 
 
 class Bank(NamedTuple):
@@ -391,7 +384,9 @@ def train_files(
     trained = weights_of(start, scan)
     if steps == 0 and trained is None:
         raise InputError("--steps 0 calibrates weights that are trained; name them with --from.")
-    usual = Settings() if trained is None else FURTHER
+    usual = FURTHER if trained is not None and steps != 0 else Settings()
+    if refinements is None and trained is not None:
+        refinements = len(trained.encoder.refine)
     chosen = {"n_steps": steps, "n_refinements": refinements}
     settings = replace(usual, seed=seed, **{name: value for name, value in chosen.items() if value is not None})
     with shown() as tell:
@@ -434,12 +429,3 @@ def mapped_names(roles: Sequence[str] | None, recordings: Sequence[Recording], s
         if missing:
             raise InputError(f"{recording.name} has no map of {sorted(missing)[0]}; give it with --map, or choose other maps with --mapped.")
     return tuple(sorted(names))
-
-
-@contextmanager
-def shown() -> Iterator[Tell]:
-    """Progress on the terminal, as a function to be told of it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("starting", total=None)
-        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
