@@ -176,6 +176,8 @@ def priors(name: str, scenes: int = 24) -> None:
 
 def quadrature(name: str) -> None:
     """Print how far the posterior moves where every unmeasured nuisance's range is cut in two, and each combination of halves is one of a mixture."""
+    if name not in FILES:
+        raise SystemExit(f"no measured scan belongs to {name}; there are those of {', '.join(FILES)}")
     scan = load(name)
     recording, _ = read(DATA / f"{FILES[name]}.h5", scan, None, {})
     chosen = np.random.default_rng(0).choice(recording.signals.shape[1], 64, replace=False)

@@ -394,7 +394,7 @@ def _collapse(
     a = {(i, j): g[min(i, j), max(i, j)] for i in range(count) for j in range(count)}
     rhs, left, logs = list(p), energy, []
     for j in range(count - 1, 0, -1):
-        pivot = a[j, j] + ridge
+        pivot = jnp.maximum(a[j, j], 0.0) + ridge  # where hardly any noise is left, what it is short of rounding may be below zero
         inverse = 1 / pivot  # once: a division takes as long as ten products
         logs.append(pivot * per_ridge)
         left = left - rhs[j] ** 2 * inverse

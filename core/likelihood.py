@@ -183,7 +183,7 @@ def held(amplitude: Array, power: Array, least: Array) -> tuple[Array, Array]:
     signal, down to amplitudes that are not positive, 1/a would make such a cell the most probable of all.
     """
     short = jnp.maximum(least - amplitude, 0.0)
-    return amplitude + short, power * short**2
+    return jnp.maximum(amplitude, least), power * short**2  # the sum with `short` would round a tiny `least` to zero
 
 
 def _student(occam: Array, variance: Array, residual: Array, dof: Array, n: Array) -> Array:

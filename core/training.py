@@ -30,8 +30,6 @@ from scansteer.core.likelihood import Noise
 
 N_DRAWS = 4
 """Of z per voxel for the lower bound."""
-TOWARDS = 0.7
-"""Share of the divergence from q to the reference."""
 LARGEST = 20.0
 """Divergences are bent to grow like the logarithm beyond this: no single voxel steers a step."""
 
@@ -48,6 +46,8 @@ class Samples(eqx.Module):
 
 class Weights(NamedTuple):
     moments: float
+    towards: float
+    """Of the divergence from q to the reference, beside the one from the reference to q."""
     lower_bound: float
 
 
@@ -92,7 +92,7 @@ def loss(encoder: Encoder, plan: Plan, key: PRNGKeyArray, samples: Samples, weig
     aim = jax.tree.map(lambda a, b: jnp.where(known[:, None] > 0, a, jax.lax.stop_gradient(b)), samples.reference, last)
     early = [jnp.mean(_bent(divergence(aim, stage))) for stage in stages[:-1]]
     share = known / jnp.maximum(jnp.sum(known), 1.0)
-    moments = jnp.sum(share * (_bent(divergence(aim, last)) + TOWARDS * _bent(divergence(last, aim))))
+    moments = jnp.sum(share * (_bent(divergence(aim, last)) + weights.towards * _bent(divergence(last, aim))))
     bound = jnp.mean(_bent(negative_lower_bound(key, encoder, plan, samples.state, samples.noise, last) + 20.0) - 20.0)
     total = weights.moments * moments + sum(early) + weights.lower_bound * bound
     return total, Losses(moments, early[0], bound)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from scansteer.protocols.scan import Scan
 
 FORMAT = 3
 SUFFIX = ".encoder"
+MOST_REFINEMENTS = 8
 UNRELATED = ("name", "description", "schema_version", "matrix", "stop", "limits")
 """Fields of a scan in which the one of a session may differ from the one of its encoder."""
 
@@ -103,9 +103,9 @@ def from_bytes(packed: bytes, source: str) -> Trained:
             tuple(about.pop("ranks")),
         )
         return Trained(_filled(physics["parameters"], ranks, about.pop("refinements"), leaves), name, physics, mapped, about)
-    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # what NumPy, zipfile and JSON raise where a file is damaged has no common kind
         raise InputError(f"{source} is not an encoder; `scansteer train` writes one.") from error
 
 
@@ -151,6 +151,8 @@ def _listed(mapped: tuple[str, ...]) -> str:
 
 def _filled(parameters: dict[str, Any], ranks: tuple[int, ...], n_refinements: int, leaves: list[np.ndarray]) -> Encoder:
     """An encoder of the right shape with the given leaves."""
+    if not 1 <= n_refinements <= MOST_REFINEMENTS:
+        raise ValueError(f"{n_refinements} refinements")
     fraction, rate = parameters.values()
     lower, upper = (jnp.array([fraction[side], rate[side]]) for side in ("lower", "upper"))
     coordinate = Coordinate(lower, upper, (fraction["prior"], rate["prior"]))

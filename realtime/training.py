@@ -57,6 +57,7 @@ MOST_VOXELS_OF_RECORDING = 1024
 SUBSETS_PER_VOXEL = 12
 """Random subsets of a measured scan's images, for each of its voxels."""
 
+
 @dataclass(frozen=True)
 class Settings:
     """What determines a run, besides the scan and the files."""
@@ -71,11 +72,13 @@ class Settings:
     n_short: int = 9
     """Images of a short scan."""
     n_steps: int = 3000
-    """None: the weights stay as they are, and are calibrated anew."""
+    """0: the weights stay as they are, and are calibrated anew."""
     n_refinements: int = 4
-    """Stages after the first. Trained weights to start from may have more; fewer are made up by copies of the last."""
+    """Stages after the first. Trained weights to start from gain what they lack, as copies of their last, and keep what they have beyond."""
     batch: int = 768
     learning_rate: float = 3e-3
+    towards: float = 0.7
+    """Weight of the divergence towards the reference's moments (what is too wide costs) beside that from them."""
     lower_bound: float = 0.05
     """Weight of the evidence lower bound beside the reference's moments."""
     share_measured: float = 0.25
@@ -160,7 +163,8 @@ def train(
     }
     if start is not None and not settings.n_steps:  # the weights are those of that run
         about = {key: start.about.get(key) for key in about}
-    about |= {"versions": versions(), "calibration": figures}
+    calibrated = {key: getattr(settings, key) for key in ("seed", "n_widening_scans", "n_calibration_scans")}
+    about |= {"versions": versions(), "calibrated": calibrated, "calibration": figures}
     trained = Trained(encoder, scan.name, physics_of(scan), simulator.mapped, about)
     save(out, trained)
     _checkpoint_path(out).unlink(missing_ok=True)
@@ -275,7 +279,7 @@ def optimise(
     )
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     state = optimiser.init(eqx.filter(encoder, training.trainable(encoder)))
-    weights = Weights(1.0, settings.lower_bound)
+    weights = Weights(1.0, settings.towards, settings.lower_bound)
     step = eqx.filter_jit(
         lambda encoder, state, key, samples: training.step(encoder, state, optimiser, plan, key, samples, weights),
         compiler_options=with_barriers(),  # pyright: ignore[reportCallIssue] - for jax.jit
@@ -384,6 +388,9 @@ def train_files(
     trained = weights_of(start, scan)
     if steps == 0 and trained is None:
         raise InputError("--steps 0 calibrates weights that are trained; name them with --from.")
+    if steps == 0 and files:
+        raise InputError(f"--steps 0 calibrates on simulated scans and learns nothing from {files[0]}; leave the files out, or give steps.")
+    _check_refinements(refinements, steps, trained)
     usual = FURTHER if trained is not None and steps != 0 else Settings()
     if refinements is None and trained is not None:
         refinements = len(trained.encoder.refine)
@@ -401,6 +408,17 @@ def train_files(
         trained = train(scan, mapped, out, settings, recordings, tell, trained)
     last = trained.about["calibration"][-1]
     print(f"Wrote {out}; of {last['draws']} simulated truths {last['coverage']['0.95']:.1%} lie in the 95 % region at n = {last['n']}.")
+
+
+def _check_refinements(wanted: int | None, steps: int | None, start: Trained | None) -> None:
+    """Can an encoder be brought to so many?"""
+    if wanted is None or start is None:
+        return
+    present = len(start.encoder.refine)
+    if wanted < present:
+        raise InputError(f"--refinements {wanted}: the weights of --from have {present} and keep them; more can be added, or train from nothing.")
+    if wanted > present and steps == 0:
+        raise InputError(f"--refinements {wanted}: the weights of --from have {present}, and what is added must be trained; give --steps.")
 
 
 def weights_of(start: str | None, scan: Scan) -> Trained | None:

@@ -37,9 +37,9 @@ def test_single_precision_gives_the_same_places_slopes_and_densities(shape):
     np.testing.assert_allclose(coordinate.place(0, single), coordinate.place(0, z), atol=1e-5)  # float32, 24 steps of a recurrence
     np.testing.assert_allclose(coordinate.value(0, single), coordinate.value(0, z), atol=2e-5)
     inner = np.abs(np.asarray(z)) < 4
-    np.testing.assert_allclose(coordinate.slope(0, single)[inner], coordinate.slope(0, z)[inner], rtol=0.01, atol=2e-5)
+    np.testing.assert_allclose(coordinate.slope(0, single)[inner], coordinate.slope(0, z)[inner], rtol=5e-4, atol=1e-6)
     density = coordinate.log_prior(0, coordinate.value(0, z))
-    np.testing.assert_allclose(coordinate.log_density(0, single)[inner], jnp.broadcast_to(density, z.shape)[inner], atol=0.03)
+    np.testing.assert_allclose(coordinate.log_density(0, single)[inner], jnp.broadcast_to(density, z.shape)[inner], atol=5e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -191,3 +191,24 @@ def test_the_last_gaussian_is_widened_by_the_factor_of_its_number_of_images(worl
         ours, theirs = (compiled(encoders.infer)(each, encoders.plan(each), state, NOISE)[0] for each in (wide, plain))
         np.testing.assert_array_equal(ours.mean, theirs.mean)
         np.testing.assert_allclose(ours.root, factors[n - 1] * theirs.root, rtol=1e-6)
+
+
+def test_voxels_that_cannot_be_are_answered_with_numbers(world):
+    """Nothing but noise below zero, no signal at all, far more signal than noise."""
+    encoder, plan, images = world
+    signals = measured(images, np.random.default_rng(3), 4)
+    signals[:, 0], signals[:, 1], signals[:, 2] = -1.0, 0.0, 1e5 * signals[:, 2]
+    for n in (1, 3, len(images)):
+        state = state_of(world, signals, range(n))
+        posterior, _, points = compiled(encoders.infer)(encoder, plan, state, NOISE)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((posterior, points.z)))
+
+
+def test_infer_ends_where_the_stages_do(world):
+    shallow, _, images = world
+    encoder = training.deepened(shallow, 3)
+    state = state_of(world, measured(images, np.random.default_rng(3), 8))
+    plan = encoders.plan(encoder)
+    found, last = compiled(encoders.infer)(encoder, plan, state, NOISE)[0], compiled(encoders.stages)(encoder, plan, state, NOISE)[-1]
+    np.testing.assert_allclose(found.mean, last.mean, atol=1e-5)
+    np.testing.assert_allclose(found.root, last.root, atol=1e-5)

@@ -68,3 +68,17 @@ def test_something_else_is_not_an_encoder(tmp_path):
         encoder_file.load(path)
     with pytest.raises(InputError, match="Cannot read encoder"):
         encoder_file.load(tmp_path / "none.encoder")
+
+
+def test_a_damaged_file_is_not_an_encoder_either(trained, tmp_path):
+    packed, rng = bytearray(encoder_file.to_bytes(trained)), np.random.default_rng(0)
+    for place in rng.integers(len(packed), size=60):
+        damaged = bytearray(packed)
+        damaged[place] ^= 0x55
+        try:
+            encoder_file.from_bytes(bytes(damaged), "damaged.encoder")
+        except InputError as error:
+            assert "damaged.encoder" in str(error)
+    for length in (0, 10, len(packed) // 2):
+        with pytest.raises(InputError, match="damaged"):
+            encoder_file.from_bytes(bytes(packed[:length]), "damaged.encoder")

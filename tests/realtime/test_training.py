@@ -1,6 +1,7 @@
 """Training runs: reproducible, resumed, refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -51,6 +52,19 @@ def test_calibrating_alone_needs_trained_weights(tmp_path):
         train_files(PHANTOM, [], tmp_path / "none.encoder", steps=0)
 
 
+@pytest.mark.parametrize(
+    ("files", "steps", "refinements", "sentence"),
+    [
+        (["one.h5"], 0, None, "learns nothing from one.h5"),
+        ([], 0, 8, "the weights of --from have 5, and what is added must be trained"),
+        ([], None, 2, "--refinements 2: the weights of --from have 5 and keep them"),
+    ],
+)
+def test_what_cannot_be_done_with_trained_weights_is_refused(tmp_path, files, steps, refinements, sentence):
+    with pytest.raises(InputError, match=sentence):
+        train_files(PHANTOM, [Path(each) for each in files], tmp_path / "no.encoder", steps=steps, start="shipped", refinements=refinements)
+
+
 @pytest.mark.long
 def test_calibrating_alone_keeps_weights_and_settings(tmp_path):
     start = weights_of("shipped", PHANTOM)
@@ -59,7 +73,7 @@ def test_calibrating_alone_keeps_weights_and_settings(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     assert calibrated.about["settings"] == start.about["settings"]
     assert np.all(np.asarray(calibrated.encoder.widening) >= 1)
-    assert not np.array_equal(calibrated.encoder.widening, start.encoder.widening)  # of one scan instead of 36
+    assert not np.array_equal(calibrated.encoder.widening, start.encoder.widening)  # of one scan instead of 72
 
 
 def test_a_file_without_the_named_map_is_refused():

@@ -31,8 +31,8 @@ def trained():
 def volume(trained):
     """Of blocks so small that 150 voxels take two batches, the second one not full."""
     axes = forward.tissue_axes(MOUSE)
-    made = Volume(trained.encoder, voxel_columns.make(axes, trained.mapped, (0.0, 0.0)), MOUSE.noise.discrepancy, block=4)
-    assert 4 * BATCH < 150 < 8 * BATCH
+    made = Volume(trained.encoder, voxel_columns.make(axes, trained.mapped, (0.0, 0.0)), MOUSE.noise.discrepancy, block=2)
+    assert 2 * BATCH < 150 < 4 * BATCH
     yield made
     made.close()
 
