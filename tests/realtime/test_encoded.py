@@ -1,5 +1,6 @@
 """A region's engine: audit, and what happens when encoder and reference disagree."""
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_an_encoder_that_disagrees_hands_over_to_the_reference(trained):
         engine.absorb(signal, NoiseEstimate(20.0, 100.0), MOUSE.schedule[n], first=n == 0)
     assert engine.audit is not None
     assert engine.audit.n_voxels == 40
-    engine._volume.encoder = jax.tree.map(lambda leaf: leaf + 0.5 if leaf.dtype == np.float32 and leaf.ndim == 2 else leaf, engine._volume.encoder)
+    engine._volume.encoder = jax.tree.map(lambda leaf: leaf + 0.5 if eqx.is_array(leaf) and leaf.ndim == 2 else leaf, engine._volume.encoder)
     info = engine.absorb(signals[3], NoiseEstimate(20.0, 100.0), MOUSE.schedule[3], first=False)
     assert engine.source == "reference"
     assert "disagree" in (engine.said or "")
