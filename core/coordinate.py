@@ -6,6 +6,8 @@ posterior that knows nothing is Gaussian, one at the box's edge has nowhere to f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import equinox as eqx
@@ -21,16 +23,24 @@ REACH = 5.0
 """Beyond this |z| lies 6e-7 of the prior; values are held there."""
 
 
-class Coordinate(eqx.Module):
-    """The box, and the shape of the prior along each of its sides (core.grid_posterior.make_prior)."""
+def _floats(bounds: Sequence[float] | Float[Array, " 2"]) -> tuple[float, float]:
+    first, second = bounds
+    return float(first), float(second)
 
-    lower: Float[Array, " 2"]
-    upper: Float[Array, " 2"]
+
+class Coordinate(eqx.Module):
+    """The box, and the shape of the prior along each of its sides (core.grid_posterior.make_prior).
+
+    Constants of every program: read from arrays, they keep a CPU from working on eight values at once.
+    """
+
+    lower: tuple[float, float] = eqx.field(static=True, converter=_floats)
+    upper: tuple[float, float] = eqx.field(static=True, converter=_floats)
     shapes: tuple[PriorShape, PriorShape] = eqx.field(static=True)
 
     def value(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """The parameter at z, in its own unit; of z's precision."""
-        lower, upper = self._sides(axis, z)
+        lower, upper = self.lower[axis], self.upper[axis]
         if self._has_curve(axis, z):
             return lower + (upper - lower) * jnp.square(self.place(axis, z))
         mass = ndtr(jnp.clip(z, -REACH, REACH))
@@ -40,10 +50,10 @@ class Coordinate(eqx.Module):
 
     def z(self, axis: int, value: Float[Array, "..."]) -> Float[Array, "..."]:
         """Inverse of `value`, held within the reach."""
-        lower, upper = self._sides(axis, value)
+        lower, upper = self.lower[axis], self.upper[axis]
         share = (value - lower) / (upper - lower)
         if self.shapes[axis] == "log-uniform":
-            mass = jnp.log(value / lower) / jnp.log(upper / lower)
+            mass = jnp.log(value / lower) / math.log(upper / lower)
         else:
             mass = share**2 * (3 - 2 * share) if self.shapes[axis] == "beta" else share
         edge = ndtr(jnp.asarray(-REACH, value.dtype))
@@ -55,35 +65,32 @@ class Coordinate(eqx.Module):
 
     def log_prior(self, axis: int, value: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log of the prior's density over the parameter."""
-        lower, upper = self._sides(axis, value)
+        lower, upper = self.lower[axis], self.upper[axis]
         if self.shapes[axis] == "log-uniform":
-            return -jnp.log(value * jnp.log(upper / lower))
+            return -jnp.log(value * math.log(upper / lower))
         share = (value - lower) / (upper - lower)
-        within = jnp.log(6 * jnp.clip(share * (1 - share), 1e-5, 0.25)) if self.shapes[axis] == "beta" else 0.0
-        return within - jnp.log(upper - lower)
+        within = jnp.log(6 * jnp.clip(share * (1 - share), 1e-5, 0.25)) if self.shapes[axis] == "beta" else jnp.zeros_like(share)
+        return within - math.log(upper - lower)
 
     def place(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Where z lies on the lattice's own axis, 0 .. 1 (the square root of the distance from the lower bound)."""
         if self._has_curve(axis, z):
             return _chebyshev(_curve(self.shapes[axis]), z)
-        lower, upper = self._sides(axis, z)
+        lower, upper = self.lower[axis], self.upper[axis]
         return jnp.sqrt(jnp.clip((self.value(axis, z) - lower) / (upper - lower), 0.0, 1.0))
 
     def from_place(self, axis: int, place: Float[Array, "..."]) -> Float[Array, "..."]:
         """Inverse of `place`."""
-        lower, upper = self._sides(axis, place)
+        lower, upper = self.lower[axis], self.upper[axis]
         return self.z(axis, lower + (upper - lower) * jnp.square(place))
 
     def log_density(self, axis: int, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """Log of the prior's density over the parameter, at z."""
-        return jnp.broadcast_to(self.log_prior(axis, self.value(axis, z)), z.shape)
+        return self.log_prior(axis, self.value(axis, z))
 
     def _has_curve(self, axis: int, z: Array) -> bool:
         """In single precision a polynomial takes a third of the time."""
         return z.dtype == jnp.float32 and self.shapes[axis] in ("uniform", "beta")
-
-    def _sides(self, axis: int, like: Array) -> tuple[Array, Array]:
-        return self.lower[axis].astype(like.dtype), self.upper[axis].astype(like.dtype)
 
 
 @lru_cache

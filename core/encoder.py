@@ -140,9 +140,10 @@ class Plan(eqx.Module):
     table: Table
     mean_table: Table
     """Of the mean signal's functions alone."""
-    anchors: Float[Array, "anchor function"]
-    products: Float[Array, "anchor pair"]
-    """Of the functions at the anchors: times the gram matrix's entries, and summed over a pair of blocks, its quadratic form."""
+    anchors: tuple[Float[Array, "anchor function"], ...]
+    """Functions at the anchors, block by block."""
+    products: dict[tuple[int, int], Float[Array, "anchor pair"]]
+    """Of the functions of two blocks there: times the gram matrix's entries, and summed, its quadratic form."""
     places: Float[Array, "anchor 2"]
     """z of the anchors."""
     log_mass: Float[Array, " anchor"]
@@ -170,11 +171,12 @@ def plan(encoder: Encoder) -> Plan:
     single = jnp.float32
     first, second = pairs(encoder.basis.ranks)
     twice = _among_themselves(encoder.basis.ranks) & (first != second)
+    products = anchors[:, first] * anchors[:, second] * (1 + twice)
     return Plan(
         signal_basis.tabulate(encoder.basis),
         signal_basis.tabulate(encoder.basis, encoder.basis.blocks[0]),
-        jnp.asarray(anchors, single),
-        jnp.asarray(anchors[:, first] * anchors[:, second] * (1 + twice), single),
+        tuple(jnp.asarray(anchors[:, block], single) for block in encoder.basis.blocks),
+        {pair: jnp.asarray(products[:, rows], single) for pair, rows in _block_pairs(encoder.basis.ranks).items()},
         jnp.asarray(grid, single),
         jnp.asarray(np.log(np.outer(*mass)).reshape(-1), single),
     )
@@ -352,10 +354,10 @@ def _sum(weights: Float[Array, "function voxel"], x: Float[Array, "function poin
 
 def anchor_features(encoder: Encoder, plan: Plan, state: State, noise: Noise) -> Float[Array, "feature voxel"]:
     """Means, deviations and correlation under the likelihood raised to each power, on the anchors."""
-    ranks, blocks, single = encoder.basis.ranks, encoder.basis.blocks, jnp.float32
+    single = jnp.float32
     gram, projection = state.gram.astype(single), state.projection.astype(single)
-    p = [plan.anchors[:, block] @ projection[block] for block in blocks]
-    g = {pair: plan.products[:, rows] @ gram[rows] for pair, rows in _block_pairs(ranks).items()}
+    p = [anchors @ projection[block] for anchors, block in zip(plan.anchors, encoder.basis.blocks, strict=True)]
+    g = {pair: plan.products[pair] @ gram[rows] for pair, rows in _block_pairs(encoder.basis.ranks).items()}
     g, p = _once((g, p))
     fit = _collapse(g, p, state.energy.astype(single), jnp.zeros((), single), noise, state.n_images)
     height = _once(fit.log_likelihood)
@@ -458,7 +460,9 @@ def _once(tree):
 
 
 def _squashed(x: Array) -> Array:
-    return jnp.arcsinh(0.5 * x)
+    """arcsinh(x / 2); written out, it takes a third of the time of XLA's."""
+    size = 0.5 * jnp.abs(x)
+    return jnp.copysign(jnp.log(size + jnp.sqrt(size**2 + 1)), x)
 
 
 def _affine(layer: eqx.nn.Linear, x: Float[Array, "feature voxel"]) -> Float[Array, "out voxel"]:

@@ -111,13 +111,13 @@ def _anytime_area(posterior: Gaussian, coordinate: Coordinate) -> Float[Array, "
     squared = jnp.maximum(2 * (peak - np.float32(np.log(ANYTIME_LEVEL))), 0.0)
     spread = jnp.stack([jnp.stack([p22, -p12], -1), jnp.stack([-p12, p11], -1)], -2) / det[:, None, None]
     centre, root = jax.lax.optimization_barrier((centre, coordinates.root_of(spread) * jnp.sqrt(squared)[:, None]))
-    box = jnp.prod((coordinate.upper - coordinate.lower).astype(jnp.float32))
+    box = np.prod(np.subtract(coordinate.upper, coordinate.lower)).item()
     return jnp.minimum(_area(jnp.clip(centre, -4.0, 4.0), jnp.clip(root, -4.0, 4.0), coordinate), box)
 
 
 def _edge_mass(mean: Array, deviation: Array, coordinate: Coordinate, axis: int) -> Float[Array, " voxel"]:
     """The fuller of the two edge rows."""
-    width = EDGE_FRACTION * (coordinate.upper - coordinate.lower)[axis]
+    width = EDGE_FRACTION * (coordinate.upper[axis] - coordinate.lower[axis])
     edges = coordinate.lower[axis] + width, coordinate.upper[axis] - width
-    low, high = (coordinate.z(axis, edge).astype(mean.dtype) for edge in edges)
+    low, high = (coordinate.z(axis, jnp.asarray(edge, jnp.float64)).astype(mean.dtype) for edge in edges)
     return jnp.maximum(ndtr((low - mean) / deviation), ndtr((mean - high) / deviation))

@@ -24,7 +24,7 @@ from scansteer.core.errors import InputError, ScansteerError
 from scansteer.core.signal_basis import Basis
 from scansteer.protocols.scan import Scan
 
-FORMAT = 3
+FORMAT = 4
 SUFFIX = ".encoder"
 MOST_REFINEMENTS = 8
 UNRELATED = ("name", "description", "schema_version", "matrix", "stop", "limits")
@@ -154,7 +154,7 @@ def _filled(parameters: dict[str, Any], ranks: tuple[int, ...], n_refinements: i
     if not 1 <= n_refinements <= MOST_REFINEMENTS:
         raise ValueError(f"{n_refinements} refinements")
     fraction, rate = parameters.values()
-    lower, upper = (jnp.array([fraction[side], rate[side]]) for side in ("lower", "upper"))
+    lower, upper = ((fraction[side], rate[side]) for side in ("lower", "upper"))
     coordinate = Coordinate(lower, upper, (fraction["prior"], rate["prior"]))
     basis = Basis(jnp.zeros((sum(ranks), lattice.N_NODES**2), jnp.float32), ranks)
     skeleton = eqx.filter_eval_shape(encoders.make, jax.random.PRNGKey(0), basis, coordinate, n_refinements)  # shapes alone: nothing compiles

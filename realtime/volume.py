@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import NamedTuple
 
 import equinox as eqx
@@ -197,9 +198,11 @@ def voxel_coefficients(basis: Basis, kinds: tuple[int, ...], rows: Rows, at_node
     half = (len(rows) + 1) // 2
     result = []
     for kind, block in zip(kinds, basis.blocks, strict=True):
-        outer, inner = voxel_columns.weights(rows[:half], kind), voxel_columns.weights(rows[half:], kind - half)
-        at_inner = outer @ at_nodes[:, block].reshape(outer.shape[1], -1)
-        result.append(jnp.einsum("vn,vnm->mv", inner, at_inner.reshape(len(outer), inner.shape[1], -1)))
+        outer, inner = voxel_columns.weights(rows[:half], kind).T, voxel_columns.weights(rows[half:], kind - half).T
+        outer, inner = lax.optimization_barrier((outer, inner))
+        nodes = jnp.moveaxis(at_nodes[:, block].reshape(len(outer), len(inner), -1), 0, -1)
+        at_inner = lax.optimization_barrier(nodes @ outer)
+        result.append(lax.optimization_barrier(reduce(add, (weight * each for weight, each in zip(inner, at_inner, strict=True)))))
     return jnp.concatenate(result)
 
 
@@ -219,8 +222,8 @@ def _answer_blocks(
     """Add one image to every block and infer the first `n_blocks`; `weights` are the encoder's arrays, `static` is what else it holds."""
     encoder = eqx.combine(weights, static)
 
-    def updated(state: State, rows: Rows, signal: jax.Array) -> State:
-        return encoders.update(encoder.basis, state, voxel_coefficients(encoder.basis, kinds, rows, at_nodes), signal)
+    def updated(state: State, coefficients: jax.Array, signal: jax.Array) -> State:
+        return encoders.update(encoder.basis, state, coefficients, signal)
 
     def one(index: jax.Array | int) -> Answer:
         state = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), states)
@@ -229,7 +232,11 @@ def _answer_blocks(
     def put(index: jax.Array, so_far: Answer) -> Answer:
         return jax.tree.map(lambda leaves, leaf: lax.dynamic_update_index_in_dim(leaves, leaf, index, 0), so_far, one(index))
 
-    states = jax.vmap(updated)(states, rows, signals)
+    def coefficients_of(index: jax.Array) -> jax.Array:
+        return voxel_coefficients(encoder.basis, kinds, jax.tree.map(lambda row: row[index], rows), at_nodes)
+
+    coefficients = lax.map(coefficients_of, jnp.arange(len(signals)))  # block by block: of all of them at once the nodes do not stay in the cache
+    states = jax.vmap(updated)(states, coefficients, signals)
     nothing = jax.tree.map(lambda leaf: jnp.zeros((len(signals), *leaf.shape), leaf.dtype), jax.eval_shape(lambda: one(0)))
     return states, lax.fori_loop(0, n_blocks, put, nothing)
 

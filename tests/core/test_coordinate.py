@@ -45,7 +45,7 @@ def test_single_precision_gives_the_same_places_slopes_and_densities(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_prior_of_the_lattice_is_a_standard_normal(shape):
     coordinate = of_shape(shape)
-    prior = make_prior(coordinate.lower, coordinate.upper, (64, 64), (shape, shape))
+    prior = make_prior(jnp.array(coordinate.lower), jnp.array(coordinate.upper), (64, 64), (shape, shape))
     values = prior.box.value(0, jnp.arange(1, 63, dtype=jnp.float64))
     np.testing.assert_allclose(coordinate.log_prior(0, values), prior.log_density[0][1:63], atol=1e-4)  # float32
 

@@ -128,7 +128,7 @@ def test_its_likelihood_is_that_of_plain_double_precision_for_voxels_with_column
         np.testing.assert_allclose(found.log_likelihood[:, voxel], expected[:, 0], atol=2e-3)  # nats; float32, a hundred terms
         np.testing.assert_allclose(found.residual[:, voxel], expected[:, 1], rtol=1e-3)
         np.testing.assert_allclose(found.amplitude[:, voxel], expected[:, 2], rtol=1e-5)
-        height = np.array([plain(np.asarray(anchor, float), *here)[0] for anchor in plan.anchors])
+        height = np.array([plain(np.asarray(anchor, float), *here)[0] for anchor in np.concatenate(plan.anchors, axis=1)])
         weight = np.exp((height - height.max()) / 16 + np.asarray(plan.log_mass))  # the third temperature
         mean = weight @ np.asarray(plan.places) / weight.sum()
         np.testing.assert_allclose(anchored(state)[10:12, voxel], mean, atol=1e-3)
