@@ -6,7 +6,7 @@ Pulse, nuisances and the voxel's auxiliaries enter through the coefficients, noi
 
 Decoding, in the coordinate z where the prior is N(0, 1) (core.coordinate), in stages:
 
-1. the marginal likelihood (that of core.likelihood, with the voxel's own amplitude) at 8 x 8 anchors, raised to the powers
+1. the marginal likelihood (that of core.likelihood, with the voxel's own amplitude) at 8 x 8 anchors or fewer, raised to the powers
    1, 1/4, .. 1/4096; mean and covariance under each feed a small perceptron that gives a first Gaussian;
 2. several times, four unless training says otherwise: the same likelihood at nine points of the Gaussian found so far. A Newton step through
    them, corrected by a perceptron that sees how far the nine values are from those of a Gaussian, gives the next one;
@@ -42,7 +42,7 @@ from scansteer.core.likelihood import LEAST_AMPLITUDE, Noise, held
 from scansteer.core.signal_basis import Basis, Table
 
 N_ANCHORS = 8
-"""Anchors per parameter, even along the lattice's axes."""
+"""Anchors per parameter, even along the lattice's axes, unless training says otherwise."""
 TEMPERATURES = tuple(4.0**power for power in range(7))
 STENCIL = np.array([(0, 0), (1.5, 0), (-1.5, 0), (0, 1.5), (0, -1.5), (1.1, 1.1), (-1.1, -1.1), (1.1, -1.1), (-1.1, 1.1)])
 """Points of a refinement, in standard deviations of the Gaussian found so far."""
@@ -132,6 +132,8 @@ class Encoder(eqx.Module):
     coordinate: Coordinate
     widening: Float[Array, " image"]
     """Factors on the last stage's deviations after 1, 2, .. images, the last of them also after more; 1 before calibration."""
+    n_anchors: int = eqx.field(static=True, default=N_ANCHORS)
+    """Per parameter."""
 
 
 class Plan(eqx.Module):
@@ -150,21 +152,21 @@ class Plan(eqx.Module):
     """Log of the prior mass that an anchor stands for."""
 
 
-def make(key: PRNGKeyArray, basis: Basis, coordinate: Coordinate, n_refinements: int) -> Encoder:
+def make(key: PRNGKeyArray, basis: Basis, coordinate: Coordinate, n_refinements: int, n_anchors: int = N_ANCHORS) -> Encoder:
     """An untrained encoder: its refinements are plain Newton steps."""
     keys = jax.random.split(key, 1 + n_refinements)
     n_first = 5 * len(TEMPERATURES) + N_CONTEXT
     n_refine = len(STENCIL) - 1 + 5 + 5 + N_CONTEXT
     first = Stage(n_first, WIDTHS[0], key=keys[0])
     refine = tuple(Stage(n_refine, WIDTHS[1], key=each) for each in keys[1:])
-    return Encoder(first, refine, basis, coordinate, jnp.ones(N_WIDENED, jnp.float32))
+    return Encoder(first, refine, basis, coordinate, jnp.ones(N_WIDENED, jnp.float32), n_anchors)
 
 
 def plan(encoder: Encoder) -> Plan:
     """Tabulate the basis."""
-    edges = np.linspace(0.0, 1.0, 2 * N_ANCHORS + 1)  # and, every other one, the centres between them
+    edges = np.linspace(0.0, 1.0, 2 * encoder.n_anchors + 1)  # and, every other one, the centres between them
     places = edges[1::2]
-    anchors = encoder.basis.at((places, places)).reshape(N_ANCHORS**2, -1)
+    anchors = encoder.basis.at((places, places)).reshape(encoder.n_anchors**2, -1)
     z = np.asarray(_from_places(encoder.coordinate, edges))
     grid = np.stack(np.meshgrid(*z[:, 1::2], indexing="ij"), axis=-1).reshape(-1, 2)
     mass = np.diff(scipy.special.ndtr(z[:, ::2]), axis=1)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from scansteer.core import lattice
 
 TOLERANCE = 5e-5
-"""Root mean square of what a basis leaves of a signal [fraction of M0]."""
+"""Root mean square of what a basis leaves of a signal, unless training says otherwise [fraction of M0]."""
 N_TABLE = 128
 """Points per parameter of the table in which functions are looked up, to first order about the nearest point."""
 
@@ -58,9 +58,17 @@ def make(columns: Sequence[Float[np.ndarray, "sample node"]], tolerance: float =
     functions = []
     for samples in columns:
         _, size, rows = np.linalg.svd(samples, full_matrices=False)
-        left = np.sqrt(np.append(np.cumsum(size[::-1] ** 2)[::-1], 0.0) / samples.size)
-        functions.append(rows[: max(1, int(np.argmax(left <= tolerance)))])
-    return Basis(jnp.asarray(np.concatenate(functions), jnp.float32), tuple(len(each) for each in functions))
+        functions.append(rows[: _rank(size, samples.size, tolerance)])
+    return _of(functions)
+
+
+def shortened(basis: Basis, columns: Sequence[Float[np.ndarray, "sample node"]], tolerance: float) -> Basis:
+    """The first functions of each block: what is left out is less than `tolerance` (rms) of the columns, sampled as for `make`."""
+    functions = []
+    for samples, block in zip(columns, basis.blocks, strict=True):
+        rows = np.asarray(basis.functions[block], float)
+        functions.append(rows[: _rank(np.linalg.norm(samples @ rows.T, axis=0), samples.size, tolerance)])
+    return _of(functions)
 
 
 def coefficients(basis: Basis, columns: Float[np.ndarray, "column x node"]) -> Float[np.ndarray, "x function"]:
@@ -108,6 +116,16 @@ def tabulate(basis: Basis, functions: slice = slice(None)) -> Table:
     n_functions = each[0].shape[1]
     value, slope_f, slope_k = (jnp.asarray(np.pad(one, ((0, 0), (0, -n_functions % PADDED))), jnp.float32) for one in each)
     return Table(value, slope_f, slope_k, n_functions)
+
+
+def _of(functions: Sequence[Float[np.ndarray, "function node"]]) -> Basis:
+    return Basis(jnp.asarray(np.concatenate(functions), jnp.float32), tuple(len(each) for each in functions))
+
+
+def _rank(size: Float[np.ndarray, " function"], n_values: int, tolerance: float) -> int:
+    """How many functions must stay, at least one; `size` is the root of the sum of squares that each takes of the samples."""
+    left = np.sqrt(np.append(np.cumsum(size[::-1] ** 2)[::-1], 0.0) / n_values)
+    return max(1, int(np.argmax(left <= tolerance)))
 
 
 def _polynomial(place: Float[np.ndarray, " x"], order: int) -> Float[np.ndarray, "x node"]:

@@ -14,6 +14,7 @@ Earlier stages learn from the reference only, each with its own loss; where ther
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import equinox as eqx
@@ -98,10 +99,11 @@ def loss(encoder: Encoder, plan: Plan, key: PRNGKeyArray, samples: Samples, weig
     return total, Losses(moments, early[0], bound)
 
 
-def deepened(encoder: Encoder, n_refinements: int) -> Encoder:
-    """The same encoder with at least so many refinements: copies of the last, free to learn apart."""
+def resized(encoder: Encoder, n_refinements: int, n_anchors: int) -> Encoder:
+    """The same encoder with so many refinements, its first ones or copies of the last added, free to learn apart, and so many anchors."""
     more = max(0, n_refinements - len(encoder.refine))
-    return eqx.tree_at(lambda e: e.refine, encoder, encoder.refine + encoder.refine[-1:] * more)
+    refine = encoder.refine[:n_refinements] + encoder.refine[-1:] * more
+    return replace(encoder, refine=refine, n_anchors=n_anchors)
 
 
 def trainable(encoder: Encoder) -> Encoder:

@@ -157,7 +157,13 @@ def train(
     steps: Annotated[int | None, typer.Option(min=0, help="Optimiser steps; default: 3000, or 600 with --from. 0: calibrate only.")] = None,
     start: Annotated[str | None, typer.Option("--from", metavar="FILE|shipped", help="Trained weights of this scan to start from.")] = None,
     refinements: Annotated[
-        int | None, typer.Option(min=1, max=8, help="Stages after the first; default: 4, or with --from those of the weights, which may gain some.")
+        int | None, typer.Option(min=1, max=8, help="Stages after the first; default: 4, or with --from those of the weights.")
+    ] = None,
+    anchors: Annotated[
+        int | None, typer.Option(min=3, max=32, help="Anchors per parameter of the first stage; default: 8, or with --from those of the weights.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e-2, help="What the basis may leave of signals [M0]; default: 5e-5, or that of --from.")
     ] = None,
     roi: RoiOption = None,
     map_: MapOption = None,
@@ -166,7 +172,7 @@ def train(
     from scansteer.realtime.training import train_files
 
     roles = tuple(_split(mapped)) if mapped is not None else None
-    train_files(_scan(scan), files or [], out, roles, roi, _pairs(map_, "--map"), seed, steps, start, refinements)
+    train_files(_scan(scan), files or [], out, roles, roi, _pairs(map_, "--map"), seed, steps, start, refinements, anchors, tolerance)
 
 
 @app.command()

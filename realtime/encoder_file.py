@@ -24,9 +24,11 @@ from scansteer.core.errors import InputError, ScansteerError
 from scansteer.core.signal_basis import Basis
 from scansteer.protocols.scan import Scan
 
-FORMAT = 4
+FORMAT = 5
 SUFFIX = ".encoder"
 MOST_REFINEMENTS = 8
+FEWEST_ANCHORS, MOST_ANCHORS = 3, 32
+"""Per parameter."""
 UNRELATED = ("name", "description", "schema_version", "matrix", "stop", "limits")
 """Fields of a scan in which the one of a session may differ from the one of its encoder."""
 
@@ -54,6 +56,7 @@ def to_bytes(trained: Trained) -> bytes:
         "mapped": trained.mapped,
         "ranks": trained.encoder.basis.ranks,
         "refinements": len(trained.encoder.refine),
+        "anchors": trained.encoder.n_anchors,
         **trained.about,
     }
     leaves = jax.tree.leaves(eqx.filter(trained.encoder, eqx.is_array))
@@ -96,13 +99,10 @@ def from_bytes(packed: bytes, source: str) -> Trained:
             leaves = [archive[name] for name in sorted(archive.files) if name.startswith("leaf_")]
         if about.pop("format") != FORMAT:
             raise InputError(f"{source} is an encoder of another format; train it again with `scansteer train`.")
-        name, physics, mapped, ranks = (
-            about.pop("scan"),
-            about.pop("physics"),
-            tuple(about.pop("mapped")),
-            tuple(about.pop("ranks")),
-        )
-        return Trained(_filled(physics["parameters"], ranks, about.pop("refinements"), leaves), name, physics, mapped, about)
+        name, physics = about.pop("scan"), about.pop("physics")
+        mapped, ranks = (tuple(about.pop(key)) for key in ("mapped", "ranks"))
+        sizes = about.pop("refinements"), about.pop("anchors")
+        return Trained(_filled(physics["parameters"], ranks, *sizes, leaves), name, physics, mapped, about)
     except InputError:
         raise
     except Exception as error:  # what NumPy, zipfile and JSON raise where a file is damaged has no common kind
@@ -149,15 +149,16 @@ def _listed(mapped: tuple[str, ...]) -> str:
     return f"maps of {', '.join(sorted(mapped))}" if mapped else "no maps"
 
 
-def _filled(parameters: dict[str, Any], ranks: tuple[int, ...], n_refinements: int, leaves: list[np.ndarray]) -> Encoder:
+def _filled(parameters: dict[str, Any], ranks: tuple[int, ...], n_refinements: int, n_anchors: int, leaves: list[np.ndarray]) -> Encoder:
     """An encoder of the right shape with the given leaves."""
-    if not 1 <= n_refinements <= MOST_REFINEMENTS:
-        raise ValueError(f"{n_refinements} refinements")
+    if not (1 <= n_refinements <= MOST_REFINEMENTS and FEWEST_ANCHORS <= n_anchors <= MOST_ANCHORS):
+        raise ValueError(f"{n_refinements} refinements, {n_anchors} anchors")
     fraction, rate = parameters.values()
     lower, upper = ((fraction[side], rate[side]) for side in ("lower", "upper"))
     coordinate = Coordinate(lower, upper, (fraction["prior"], rate["prior"]))
     basis = Basis(jnp.zeros((sum(ranks), lattice.N_NODES**2), jnp.float32), ranks)
-    skeleton = eqx.filter_eval_shape(encoders.make, jax.random.PRNGKey(0), basis, coordinate, n_refinements)  # shapes alone: nothing compiles
+    # shapes alone: nothing compiles
+    skeleton = eqx.filter_eval_shape(encoders.make, jax.random.PRNGKey(0), basis, coordinate, n_refinements, n_anchors)
     blank, rest = eqx.partition(skeleton, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     expected, structure = jax.tree.flatten(blank)
     if [leaf.shape for leaf in expected] != [leaf.shape for leaf in leaves]:

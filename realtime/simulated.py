@@ -194,8 +194,10 @@ def image_coefficients(
     )
 
 
-def make_basis(simulator: Simulator, rng: np.random.Generator, n_orders: int = 4, n_values: int = 12) -> Basis:
-    """A basis for the scan's schedule and other pulses in other orders, at many values of the maps."""
+def sampled_columns(
+    simulator: Simulator, rng: np.random.Generator, n_orders: int = 4, n_values: int = 12
+) -> list[Float[np.ndarray, "sample node"]]:
+    """Columns of the scan's schedule and of other pulses in other orders, at many values of the maps: what a basis is made from."""
     samples: list[list[np.ndarray]] = [[] for _ in range(simulator.columns.n_columns)]
     axes = {axis.name: axis for axis in simulator.model.axes}
     maps = {name: _uniform(axes[name], rng.random(n_values)) for name in simulator.mapped}
@@ -207,7 +209,7 @@ def make_basis(simulator: Simulator, rng: np.random.Generator, n_orders: int = 4
                 simulator.columns.kinds, samples, voxel_columns.at_mapped_nodes(simulator.columns, image), strict=True
             ):
                 found.append(weights[kind] @ column)
-    return signal_basis.make([np.concatenate(found) for found in samples])
+    return [np.concatenate(found) for found in samples]
 
 
 def _uniform(axis: nuisance.Axis, share: np.ndarray) -> np.ndarray:

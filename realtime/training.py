@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Float
 
 from scansteer.core import encoder as encoders
-from scansteer.core import training
+from scansteer.core import signal_basis, training
 from scansteer.core.code_generation import with_barriers
 from scansteer.core.encoder import Encoder, Gaussian, State
 from scansteer.core.errors import InputError, ScansteerError
@@ -45,7 +45,7 @@ from scansteer.realtime.simulated import (
     SPREADS,
     Conditions,
     Simulator,
-    make_basis,
+    sampled_columns,
 )
 
 CHECKPOINT_SUFFIX = ".checkpoint"
@@ -74,7 +74,11 @@ class Settings:
     n_steps: int = 3000
     """0: the weights stay as they are, and are calibrated anew."""
     n_refinements: int = 4
-    """Stages after the first. Trained weights to start from gain what they lack, as copies of their last, and keep what they have beyond."""
+    """Stages after the first."""
+    n_anchors: int = encoders.N_ANCHORS
+    """Anchors per parameter."""
+    tolerance: float = signal_basis.TOLERANCE
+    """Root mean square of what the basis may leave of a signal [fraction of M0]."""
     batch: int = 768
     learning_rate: float = 3e-3
     towards: float = 0.7
@@ -89,6 +93,8 @@ class Settings:
     """Yet others, for the calibration figures."""
 
 
+SIZE = ("n_refinements", "n_anchors", "tolerance")
+"""The settings that are an encoder's size: with `--from` those of the weights are usual."""
 FURTHER = Settings(n_scans=20, n_short_scans=60, n_steps=600, learning_rate=1e-3, n_widening_scans=18, n_calibration_scans=18)
 """What is usual where a run starts from trained weights."""
 
@@ -142,13 +148,14 @@ def train(
     recordings
         Measured scans to fit, all with these maps.
     start
-        Trained weights of this scan with these maps, to start from; their basis is kept.
+        Trained weights of this scan with these maps, to start from; they are brought to the size in `settings`.
     """
     if start is not None:
         check(start, scan, tuple(mapped))
+        check_size(settings, start)
     tell("simulating pulses", 0, 1)
     simulator = Simulator(scan, mapped, settings.seed)
-    encoder = untrained(simulator, settings) if start is None else training.deepened(start.encoder, settings.n_refinements)
+    encoder = untrained(simulator, settings) if start is None else resized(simulator, settings, start)
     with ThreadPoolExecutor(2) as pool:
         if settings.n_steps:
             simulated = simulate(simulator, encoder.basis, settings, pool, tell)
@@ -163,6 +170,7 @@ def train(
     }
     if start is not None and not settings.n_steps:  # the weights are those of that run
         about = {key: start.about.get(key) for key in about}
+        about["settings"] = {**start.about["settings"], **{name: getattr(settings, name) for name in SIZE}}
     calibrated = {key: getattr(settings, key) for key in ("seed", "n_widening_scans", "n_calibration_scans")}
     about |= {"versions": versions(), "calibrated": calibrated, "calibration": figures}
     trained = Trained(encoder, scan.name, physics_of(scan), simulator.mapped, about)
@@ -173,8 +181,23 @@ def train(
 
 def untrained(simulator: Simulator, settings: Settings) -> Encoder:
     """An encoder to train from nothing."""
-    basis = make_basis(simulator, np.random.default_rng([settings.seed, 1]))
-    return encoders.make(jax.random.PRNGKey(settings.seed), basis, simulator.coordinate, settings.n_refinements)
+    basis = signal_basis.make(sampled_columns(simulator, np.random.default_rng([settings.seed, 1])), settings.tolerance)
+    return encoders.make(jax.random.PRNGKey(settings.seed), basis, simulator.coordinate, settings.n_refinements, settings.n_anchors)
+
+
+def resized(simulator: Simulator, settings: Settings, start: Trained) -> Encoder:
+    """Trained weights, brought to the size in `settings`; what they keep of their basis is as it was."""
+    encoder = training.resized(start.encoder, settings.n_refinements, settings.n_anchors)
+    if settings.tolerance <= size_of(start)["tolerance"]:
+        return encoder
+    columns = sampled_columns(simulator, np.random.default_rng([settings.seed, 1]))
+    return eqx.tree_at(lambda e: e.basis, encoder, signal_basis.shortened(encoder.basis, columns, settings.tolerance))
+
+
+def size_of(trained: Trained) -> dict[str, Any]:
+    """The settings in `SIZE` that trained weights have."""
+    tolerance = (trained.about.get("settings") or {}).get("tolerance", signal_basis.TOLERANCE)
+    return dict(zip(SIZE, (len(trained.encoder.refine), trained.encoder.n_anchors, tolerance), strict=True))
 
 
 def digest(start: Trained | None) -> str | None:
@@ -366,6 +389,8 @@ def train_files(
     steps: int | None = None,
     start: str | None = None,
     refinements: int | None = None,
+    anchors: int | None = None,
+    tolerance: float | None = None,
 ) -> None:
     """The command: read the files, train with progress on the terminal, say what came out.
 
@@ -377,8 +402,8 @@ def train_files(
         Of the optimiser; none: as many as usual.
     start
         File of weights to start from, or `shipped`.
-    refinements
-        Stages after the first; none: as many as usual, or as those weights have.
+    refinements, anchors, tolerance
+        The encoder's size, see `Settings`; none: as usual, or as those weights have.
 
     Raises
     ------
@@ -390,12 +415,13 @@ def train_files(
         raise InputError("--steps 0 calibrates weights that are trained; name them with --from.")
     if steps == 0 and files:
         raise InputError(f"--steps 0 calibrates on simulated scans and learns nothing from {files[0]}; leave the files out, or give steps.")
-    _check_refinements(refinements, steps, trained)
     usual = FURTHER if trained is not None and steps != 0 else Settings()
-    if refinements is None and trained is not None:
-        refinements = len(trained.encoder.refine)
-    chosen = {"n_steps": steps, "n_refinements": refinements}
+    if trained is not None:
+        usual = replace(usual, **size_of(trained))
+    chosen = {"n_steps": steps, "n_refinements": refinements, "n_anchors": anchors, "tolerance": tolerance}
     settings = replace(usual, seed=seed, **{name: value for name, value in chosen.items() if value is not None})
+    if trained is not None:
+        check_size(settings, trained)
     with shown() as tell:
         recordings = []
         for number, file in enumerate(files):
@@ -410,15 +436,24 @@ def train_files(
     print(f"Wrote {out}; of {last['draws']} simulated truths {last['coverage']['0.95']:.1%} lie in the 95 % region at n = {last['n']}.")
 
 
-def _check_refinements(wanted: int | None, steps: int | None, start: Trained | None) -> None:
-    """Can an encoder be brought to so many?"""
-    if wanted is None or start is None:
-        return
-    present = len(start.encoder.refine)
-    if wanted < present:
-        raise InputError(f"--refinements {wanted}: the weights of --from have {present} and keep them; more can be added, or train from nothing.")
-    if wanted > present and steps == 0:
-        raise InputError(f"--refinements {wanted}: the weights of --from have {present}, and what is added must be trained; give --steps.")
+def check_size(settings: Settings, start: Trained) -> None:
+    """Can trained weights be brought to the size in `settings`?
+
+    Raises
+    ------
+    InputError
+        They can not, or not without training.
+    """
+    refinements, anchors, tolerance = size_of(start).values()
+    if settings.tolerance < tolerance:
+        raise InputError(
+            f"--tolerance {settings.tolerance:g}: the basis of --from was made to {tolerance:g} and can only be shortened; train from nothing."
+        )
+    untrained = "and must be trained for others; give --steps."
+    if not settings.n_steps and settings.n_refinements > refinements:
+        raise InputError(f"--refinements {settings.n_refinements}: the weights of --from have {refinements}, {untrained}")
+    if not settings.n_steps and settings.n_anchors != anchors:
+        raise InputError(f"--anchors {settings.n_anchors}: the weights of --from have {anchors}, {untrained}")
 
 
 def weights_of(start: str | None, scan: Scan) -> Trained | None:

@@ -171,14 +171,49 @@ def test_only_perceptrons_learn(world):
 
 def test_an_encoder_is_deepened_by_copies_of_its_last_refinement_that_go_on_from_there(world):
     shallow, _, images = world
-    deep = training.deepened(shallow, 4)
-    assert (len(shallow.refine), len(deep.refine), len(training.deepened(deep, 1).refine)) == (2, 4, 4)
+    deep = training.resized(shallow, 4, shallow.n_anchors)
+    assert (len(shallow.refine), len(deep.refine)) == (2, 4)
     state = state_of(world, measured(images, np.random.default_rng(3), 8))
     before, after = (compiled(encoders.stages)(each, encoders.plan(each), state, NOISE) for each in (shallow, deep))
     for ours, theirs in zip(after[:3], before, strict=True):
         np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-6)
         np.testing.assert_allclose(ours.root, theirs.root, atol=1e-6)
     assert np.max(np.abs(after[3].mean - after[2].mean)) > 1e-6
+
+
+def test_an_encoder_without_its_last_refinement_ends_one_stage_earlier(world):
+    deep, _, images = world
+    shallow = training.resized(deep, 1, deep.n_anchors)
+    state = state_of(world, measured(images, np.random.default_rng(3), 8))
+    ours, theirs = (compiled(encoders.stages)(each, encoders.plan(each), state, NOISE) for each in (shallow, deep))
+    assert (len(ours), len(theirs)) == (2, 3)
+    np.testing.assert_allclose(ours[-1].mean, theirs[1].mean, atol=1e-6)
+
+
+def test_fewer_anchors_see_the_same_likelihood_where_the_data_say_little(world):
+    encoder, plan, images = world
+    coarse = training.resized(encoder, 2, 6)
+    coarse_plan = encoders.plan(coarse)
+    assert (len(plan.places), len(coarse_plan.places)) == (64, 36)
+    np.testing.assert_allclose(np.sum(np.exp(coarse_plan.log_mass)), 1, rtol=1e-5)
+    state = state_of(world, measured(images, np.random.default_rng(3), 8), range(2))
+    loud = Noise(jnp.asarray(20.0), NOISE.dof, NOISE.discrepancy)
+    fine, few = (compiled(encoders.anchor_features)(each, with_plan, state, loud) for each, with_plan in ((encoder, plan), (coarse, coarse_plan)))
+    np.testing.assert_allclose(few, fine, atol=0.1)
+
+
+def test_a_shortened_basis_keeps_its_first_functions_and_leaves_what_it_may():
+    rng = np.random.default_rng(0)
+    samples = made_up_signals(rng, 200)
+    columns = [samples[:, 0], samples[:, 1]]
+    basis = signal_basis.make(columns)
+    short = signal_basis.shortened(basis, columns, 1e-3)
+    assert short.ranks == signal_basis.make(columns, 1e-3).ranks
+    assert all(few < many for few, many in zip(short.ranks, basis.ranks, strict=True))
+    for column, ours, theirs in zip(columns, short.blocks, basis.blocks, strict=True):
+        functions = np.asarray(short.functions[ours], float)
+        np.testing.assert_array_equal(functions, np.asarray(basis.functions[theirs], float)[: len(functions)])
+        assert np.sqrt(np.mean((column - column @ functions.T @ functions) ** 2)) < 1.1e-3
 
 
 def test_the_last_gaussian_is_widened_by_the_factor_of_its_number_of_images(world):
@@ -206,7 +241,7 @@ def test_voxels_that_cannot_be_are_answered_with_numbers(world):
 
 def test_infer_ends_where_the_stages_do(world):
     shallow, _, images = world
-    encoder = training.deepened(shallow, 3)
+    encoder = training.resized(shallow, 3, shallow.n_anchors)
     state = state_of(world, measured(images, np.random.default_rng(3), 8))
     plan = encoders.plan(encoder)
     found, last = compiled(encoders.infer)(encoder, plan, state, NOISE)[0], compiled(encoders.stages)(encoder, plan, state, NOISE)[-1]

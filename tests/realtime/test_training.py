@@ -12,7 +12,7 @@ from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols.builtin import BUILTIN
 from scansteer.realtime import encoder_file, training
 from scansteer.realtime.recording import Recording
-from scansteer.realtime.training import Settings, mapped_names, train, train_files, weights_of
+from scansteer.realtime.training import Settings, mapped_names, size_of, train, train_files, weights_of
 
 PHANTOM, MOUSE = BUILTIN["larg-phantom-9.4T"], BUILTIN["mt-mouse-7T-30"]
 SHORT = Settings(seed=3, n_scans=2, n_groups=1, n_short_scans=2, n_steps=20, batch=64, n_widening_scans=1, n_calibration_scans=1)
@@ -53,25 +53,39 @@ def test_calibrating_alone_needs_trained_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "steps", "refinements", "sentence"),
+    ("files", "steps", "size", "sentence"),
     [
-        (["one.h5"], 0, None, "learns nothing from one.h5"),
-        ([], 0, 8, "the weights of --from have 5, and what is added must be trained"),
-        ([], None, 2, "--refinements 2: the weights of --from have 5 and keep them"),
+        (["one.h5"], 0, {}, "learns nothing from one.h5"),
+        ([], 0, {"refinements": 8}, "--refinements 8: the weights of --from have 5, and must be trained for others; give --steps"),
+        ([], 0, {"anchors": 6}, "--anchors 6: the weights of --from have 8, and must be trained for others"),
+        ([], None, {"tolerance": 1e-5}, "--tolerance 1e-05: the basis of --from was made to 5e-05 and can only be shortened"),
     ],
 )
-def test_what_cannot_be_done_with_trained_weights_is_refused(tmp_path, files, steps, refinements, sentence):
+def test_what_cannot_be_done_with_trained_weights_is_refused(tmp_path, files, steps, size, sentence):
     with pytest.raises(InputError, match=sentence):
-        train_files(PHANTOM, [Path(each) for each in files], tmp_path / "no.encoder", steps=steps, start="shipped", refinements=refinements)
+        train_files(PHANTOM, [Path(each) for each in files], tmp_path / "no.encoder", steps=steps, start="shipped", **size)
+
+
+@pytest.mark.long
+def test_calibrating_alone_may_make_an_encoder_smaller(tmp_path):
+    start = weights_of("shipped", PHANTOM)
+    settings = replace(SHORT, n_steps=0, n_refinements=4, tolerance=1e-4)
+    small = train(PHANTOM, (), tmp_path / "small.encoder", settings, start=start)
+    assert len(small.encoder.refine) == 4
+    assert all(ours <= theirs for ours, theirs in zip(small.encoder.basis.ranks, start.encoder.basis.ranks, strict=True))
+    assert sum(small.encoder.basis.ranks) < sum(start.encoder.basis.ranks)
+    assert small.about["settings"] == {**start.about["settings"], "n_refinements": 4, "n_anchors": 8, "tolerance": 1e-4}
+    again = encoder_file.load(tmp_path / "small.encoder")
+    assert (len(again.encoder.refine), again.encoder.basis.ranks) == (4, small.encoder.basis.ranks)
 
 
 @pytest.mark.long
 def test_calibrating_alone_keeps_weights_and_settings(tmp_path):
     start = weights_of("shipped", PHANTOM)
-    calibrated = train(PHANTOM, (), tmp_path / "again.encoder", replace(SHORT, n_steps=0), start=start)
+    calibrated = train(PHANTOM, (), tmp_path / "again.encoder", replace(SHORT, n_steps=0, **size_of(start)), start=start)
     for ours, theirs in zip(jax.tree.leaves(calibrated.encoder.first), jax.tree.leaves(start.encoder.first), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert calibrated.about["settings"] == start.about["settings"]
+    assert calibrated.about["settings"] == {**start.about["settings"], **size_of(start)}
     assert np.all(np.asarray(calibrated.encoder.widening) >= 1)
     assert not np.array_equal(calibrated.encoder.widening, start.encoder.widening)  # of one scan instead of 72
 
@@ -106,7 +120,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
 @pytest.mark.long
 def test_a_run_from_trained_weights_keeps_their_basis_and_is_better_than_one_from_nothing(tmp_path):
     start = weights_of("shipped", PHANTOM)
-    settings = replace(SHORT, learning_rate=1e-4)
+    settings = replace(SHORT, learning_rate=1e-4, **size_of(start))
     trained = train(PHANTOM, (), tmp_path / "further.encoder", settings, start=start)
     np.testing.assert_array_equal(trained.encoder.basis.functions, start.encoder.basis.functions)
     assert trained.about["start"] == training.digest(start)
