@@ -5,6 +5,7 @@
     python benchmarks/promises.py steering SCAN [DRAWS] [SEED]     scenes of six voxels to the published schedule's last area: what steering saves
     python benchmarks/promises.py priors SCAN [SCENES]             scenes of 64 voxels drawn from the priors, under the pulses of other steered scans
     python benchmarks/promises.py quadrature SCAN                  64 voxels of a real scan, beside every range cut in two slices
+    python benchmarks/promises.py widths SCAN                      the same voxels: what each unmeasured range costs in width
 
 Errors of a real scan are against its own last image. For "moves as it says", z = (theta_n - theta_30) / sqrt(V_n - V_30) should have an rms
 of 1; V is that of a normal with the width of the 95 % interval. Voxels whose V shrank by less than a twentieth since n have no z, and are counted.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +24,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import nibabel
 import numpy as np
 from rich.progress import Progress
 
 from scansteer.protocols.prospect import Prospect
-from scansteer.protocols.scan import SaturationBlock, Scan, load
+from scansteer.protocols.scan import Range, SaturationBlock, Scan, load
 from scansteer.realtime.images import Frame
 from scansteer.realtime.messages import Decision
-from scansteer.realtime.recording import read
+from scansteer.realtime.recording import Recording, read
 from scansteer.realtime.reference import Reference
 from scansteer.realtime.session import Session
 from scansteer.realtime.sources import open_source
@@ -45,6 +48,10 @@ VIALS = ((24, 18), (25, 44), (44, 30))
 VIAL_RADIUS_SQUARED = 130
 QUADRATURE_AT = 3, 8, 18, 30
 """Numbers of images at which `quadrature` looks."""
+WIDTHS_AT = 18, 30
+"""The same of `widths`."""
+N_QUADRATURE = 64
+"""Voxels of both."""
 N_STEERED, LONGEST = 8, 14
 """Scans whose pulses `priors` uses, and how many images of them."""
 
@@ -176,12 +183,7 @@ def priors(name: str, scenes: int = 24) -> None:
 
 def quadrature(name: str) -> None:
     """Print how far the posterior moves where every unmeasured nuisance's range is cut in two, and each combination of halves is one of a mixture."""
-    if name not in FILES:
-        raise SystemExit(f"no measured scan belongs to {name}; there are those of {', '.join(FILES)}")
-    scan = load(name)
-    recording, _ = read(DATA / f"{FILES[name]}.h5", scan, None, {})
-    chosen = np.random.default_rng(0).choice(recording.signals.shape[1], 64, replace=False)
-    signals, maps = recording.signals[:, chosen], {each: values[chosen] for each, values in recording.maps.items()}
+    scan, recording, signals, maps = _measured(name)
     plain, finer = (Reference(scan, list(recording.maps), n_slices=n_slices) for n_slices in (1, 2))
     for each in (plain, finer):
         each.begin(maps, signals[0])
@@ -197,6 +199,58 @@ def quadrature(name: str) -> None:
             spread = "-".join(f"{each:.2f}" for each in np.percentile(wider, (5, 95)))
             print(f"n = {n}, {parameter}: mean moved by {np.median(moved):+.2f} sd (rms {np.sqrt(np.mean(moved**2)):.2f}), "
                   f"sd {np.median(wider):.2f} of the finer one's ({spread})", flush=True)  # fmt: skip
+
+
+def widths(name: str) -> None:
+    """Print the half-widths as described, and with each unmeasured range, and the discrepancy, known to be at its centre."""
+    scan, recording, signals, maps = _measured(name)
+    ranges = [axis.name for axis in Reference(scan, list(recording.maps)).model.axes if axis.name not in maps]
+    print(f"\n## {name}: relative half-widths at {WIDTHS_AT} images\n")
+    for known in [(), *((each,) for each in (*ranges, "offset", "discrepancy")), ("b0_ppm", "b1_relative")]:
+        described = _narrowed(scan, known)
+        reference = Reference(described, list(recording.maps))
+        reference.begin(maps, signals[0])
+        for n, (signal, noise, block) in enumerate(zip(signals, recording.noise, scan.schedule, strict=True), 1):
+            found = reference.absorb(signal, noise, block, first=n == 1).summary
+            if n in WIDTHS_AT:
+                half = np.median((found.upper - found.lower) / 2 / found.map, axis=0)
+                said = ", ".join(f"{parameter} {each:.3f}" for parameter, each in zip(scan.parameter_names, half, strict=True))
+                print(f"{' and '.join(known) or 'nothing'} known, n = {n}: {said}", flush=True)
+
+
+def _measured(name: str) -> tuple[Scan, Recording, np.ndarray, dict[str, np.ndarray]]:
+    """Some voxels of the publishers' mask: signals (image, voxel), maps."""
+    if name not in FILES:
+        raise SystemExit(f"no measured scan belongs to {name}; there are those of {', '.join(FILES)}")
+    scan = load(name)
+    mask = np.load(DATA / f"{FILES[name]}.truth.npz")["mask"]
+    with tempfile.TemporaryDirectory() as folder:
+        roi = Path(folder) / "mask.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(mask.T[:, :, None].astype(np.uint8), np.eye(4)), roi)  # pyright: ignore[reportPrivateImportUsage]
+        recording, _ = read(DATA / f"{FILES[name]}.h5", scan, roi, {})
+    chosen = np.random.default_rng(0).choice(recording.signals.shape[1], N_QUADRATURE, replace=False)
+    return scan, recording, recording.signals[:, chosen], {each: values[chosen] for each, values in recording.maps.items()}
+
+
+def _narrowed(scan: Scan, known: Sequence[str]) -> Scan:
+    """The scan with some of its ranges a hundredth as wide, about their centres; a known discrepancy is none."""
+    described = scan.model_dump()
+
+    def narrow(holder: dict, name: str) -> None:
+        middle, half = 0.5 * (holder[name]["lower"] + holder[name]["upper"]), 0.005 * (holder[name]["upper"] - holder[name]["lower"])
+        holder[name] |= {"lower": middle - half, "upper": middle + half}
+
+    for name in known:
+        if name == "discrepancy":
+            described["noise"]["discrepancy"] = 0.0
+        elif name == "first_mz":
+            narrow(described["first_state"], "mz")
+        elif name in ("carry_over", "offset"):
+            if isinstance(getattr(scan.readout, name), Range):
+                narrow(described["readout"], name)
+        else:
+            narrow(described["auxiliaries"], name)
+    return Scan.model_validate(described)
 
 
 def steering(name: str, draws: int = 500, seed: int = 0) -> None:
@@ -236,7 +290,7 @@ def _rounded(value: object) -> object:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["real"]
-    if what in (by_name := {"loops": loops, "steering": steering, "priors": priors, "quadrature": quadrature}):
+    if what in (by_name := {"loops": loops, "steering": steering, "priors": priors, "quadrature": quadrature, "widths": widths}):
         by_name[what](rest[0], *(int(each) if each.isdigit() else each for each in rest[1:]))  # type: ignore[arg-type]
     else:
         for scan_name in rest or FILES:
