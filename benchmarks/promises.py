@@ -5,6 +5,7 @@
     python benchmarks/promises.py steering SCAN [DRAWS] [SEED]     scenes of six voxels to the published schedule's last area: what steering saves
     python benchmarks/promises.py priors SCAN [SCENES]             scenes of 64 voxels drawn from the priors, under the pulses of other steered scans
     python benchmarks/promises.py quadrature SCAN                  64 voxels of a real scan, beside every range cut in two slices
+    python benchmarks/promises.py means SCAN [SCENES]              regions drawn from the priors: do the intervals of their means hold the truth?
     python benchmarks/promises.py widths SCAN                      the same voxels: what each unmeasured range costs in width
 
 Errors of a real scan are against its own last image. For "moves as it says", z = (theta_n - theta_30) / sqrt(V_n - V_30) should have an rms
@@ -28,12 +29,14 @@ import nibabel
 import numpy as np
 from rich.progress import Progress
 
+from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols.prospect import Prospect
 from scansteer.protocols.scan import Range, SaturationBlock, Scan, load
 from scansteer.realtime.images import Frame
 from scansteer.realtime.messages import Decision
 from scansteer.realtime.recording import Recording, read
 from scansteer.realtime.reference import Reference
+from scansteer.realtime.region_means import RegionMeans
 from scansteer.realtime.session import Session
 from scansteer.realtime.sources import open_source
 from scansteer.realtime.worker import Setup
@@ -52,6 +55,12 @@ WIDTHS_AT = 18, 30
 """The same of `widths`."""
 N_QUADRATURE = 64
 """Voxels of both."""
+MEANS_AT = 3, 5, 8, 12, 18, 30
+"""Numbers of images at which `means` looks."""
+BEHIND_A_MEAN = 160
+"""Independent voxels behind each mean there: as many as in a vial."""
+WRONG_BY = 0.0, 0.0025, 0.006
+"""Errors of the model there [fraction of M0]: none, as in the vials, and more."""
 N_STEERED, LONGEST = 8, 14
 """Scans whose pulses `priors` uses, and how many images of them."""
 
@@ -181,6 +190,30 @@ def priors(name: str, scenes: int = 24) -> None:
         print(f"n = {n}: {np.mean(found <= 0.5):.1%} and {np.mean(found <= 0.95):.1%} of {len(found)}")
 
 
+def means(name: str, scenes: int = 16) -> None:
+    """Print how many truths the 95 % intervals and regions of region means hold, where the model is exact and where it is wrong by a little."""
+    scan, mapped = load(name), world.mapped_auxiliaries(load(name))
+    reference = Reference(scan, mapped)
+    of_regions = RegionMeans(reference)
+    expected = [reference.play(block, first=index == 0) for index, block in enumerate(scan.schedule[: max(MEANS_AT)])]
+    print(f"\n## {name}: {16 * scenes} region means of {BEHIND_A_MEAN} independent voxels each\n")
+    for error in WRONG_BY:
+        held: dict[int, list[np.ndarray]] = {n: [] for n in MEANS_AT}
+        for number in range(scenes):
+            drawn = world.from_priors(scan, 16, (13, number))
+            scene = replace(drawn, sigma=drawn.sigma / np.sqrt(BEHIND_A_MEAN))
+            scanner, rng = world.Scanner(scene), np.random.default_rng((13, number))
+            of_regions.begin(dict(scene.maps), list(np.arange(16)[:, None]))
+            for n, (block, here) in enumerate(zip(scan.schedule, expected, strict=False), 1):
+                signal = scanner.play(block) + error * scene.amplitude * rng.normal(size=16)
+                found = of_regions.absorb(here, signal, NoiseEstimate(scene.sigma, 1e4)).summary
+                if n in held:
+                    held[n].append((scene.truth >= found.lower) & (scene.truth <= found.upper))
+        for n, each in held.items():
+            f, k = np.concatenate(each).mean(axis=0)
+            print(f"wrong by {error:.2%} of M0, n = {n}: f {f:.1%}, k {k:.1%} of {16 * scenes}", flush=True)
+
+
 def quadrature(name: str) -> None:
     """Print how far the posterior moves where every unmeasured nuisance's range is cut in two, and each combination of halves is one of a mixture."""
     scan, recording, signals, maps = _measured(name)
@@ -290,7 +323,7 @@ def _rounded(value: object) -> object:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["real"]
-    if what in (by_name := {"loops": loops, "steering": steering, "priors": priors, "quadrature": quadrature, "widths": widths}):
+    if what in (by_name := {"loops": loops, "steering": steering, "priors": priors, "quadrature": quadrature, "widths": widths, "means": means}):
         by_name[what](rest[0], *(int(each) if each.isdigit() else each for each in rest[1:]))  # type: ignore[arg-type]
     else:
         for scan_name in rest or FILES:

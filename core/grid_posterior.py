@@ -87,3 +87,16 @@ def infer(sums: Sums, noise: Noise, prior: Prior, shift: Float[Array, "nuisance 
     residual, amplitude = (region.at_point(field, at_map, prior.box.n_points) for field in (fit.residual, fit.amplitude))
     nrmse = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(sums.energy, 1e-30))
     return Info(summary, nrmse, amplitude), log_posterior
+
+
+def step(
+    sums: Sums,
+    columns: Float[Array, "column mixture cell"],
+    signal: Float[Array, " voxel"],
+    noise: Noise,
+    prior: Prior,
+    shift: Float[Array, "nuisance voxel"] | None = None,
+) -> tuple[Sums, Info, LogPosterior]:
+    """Add one image and infer."""
+    sums = likelihood.update(sums, columns, signal)
+    return sums, *infer(sums, noise, prior, shift)

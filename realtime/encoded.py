@@ -154,8 +154,8 @@ class Encoded:
         return self._reference.play(block, first=first)
 
     @property
-    def auditor(self) -> Reference:
-        """The reference, whose running sums are those of the audited voxels."""
+    def exact(self) -> Reference:
+        """The reference that audits; its running sums are those of the audited voxels."""
         return self._reference
 
     def among_all(self, voxels: Int[np.ndarray, " voxel"]) -> Int[np.ndarray, " voxel"]:

@@ -32,6 +32,27 @@ class ParameterReport(Message):
     fraction_prior_limited: float
 
 
+class MeanParameterReport(Message):
+    """One parameter of a region's mean signal."""
+
+    estimate: float | None
+    """Joint MAP."""
+    ci_lower: float | None
+    ci_upper: float | None
+    ci_halfwidth_relative: float | None
+    is_prior_limited: bool
+
+
+class MeanReport(Message):
+    """The posterior of a voxel that reads the mean of its region."""
+
+    n_independent: float
+    """Independent voxels behind the mean."""
+    parameters: dict[str, MeanParameterReport]
+    cr_area: float | None
+    nrmse: float | None
+
+
 class RegionReport(Message):
     """What is known of one region of interest."""
 
@@ -46,6 +67,8 @@ class RegionReport(Message):
     fraction_converged: float
     fraction_moved: float = 0.0
     """Voxels that were found to hold other tissue than before; they do not count as converged."""
+    mean_signal: MeanReport | None = None
+    """Of the region as a whole: narrower than its voxels' intervals by the noise that averages out, and by no more. Stops do not look at it."""
 
 
 class Pulse(Message):

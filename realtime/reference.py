@@ -52,6 +52,16 @@ class Running(NamedTuple):
     """Known means of the nuisances' coefficients, 0 where they were not measured."""
 
 
+class Linearised(NamedTuple):
+    """How some voxels' columns follow from the dictionary."""
+
+    measured: dict[str, Measured]
+    """Where signals are linearised."""
+    weights: Float[jax.Array, "mixture column node"]
+    shift: Float[jax.Array, "nuisance voxel"] | None
+    """Known means of the nuisances' coefficients; none: nothing was measured."""
+
+
 class Reference:
     """The posterior of every voxel of a region, one image at a time."""
 
@@ -77,10 +87,11 @@ class Reference:
         """
         self.scan = scan
         self.model = forward.model(scan, n_points, n_slices)
-        self._mapped = frozenset(mapped) & {axis.name for axis in self.model.axes}
+        self.mapped = frozenset(mapped) & {axis.name for axis in self.model.axes}
+        """Auxiliaries that come as maps."""
         lower, upper = bounds(scan.readout.offset)
-        self._coefficients = [*nuisance.coefficients(self.model.axes, self._mapped), *(["offset"] if upper > lower else [])]
-        self._n_mixture = math.prod(axis.n_slices for axis in self.model.axes if axis.name not in self._mapped)
+        self._coefficients = [*nuisance.coefficients(self.model.axes, self.mapped), *(["offset"] if upper > lower else [])]
+        self._n_mixture = math.prod(axis.n_slices for axis in self.model.axes if axis.name not in self.mapped)
         self._discrepancy = jnp.asarray(scan.noise.discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-posterior")
         self._block_map = jax.jit(dictionary.block_map, compiler_options=for_large_programs())
@@ -88,7 +99,7 @@ class Reference:
         self._reading = jax.jit(dictionary.reading)(self.model.forward)
         self._columns = jax.jit(grid_posterior.expected_columns, compiler_options=for_large_programs())
         self._step: Callable[..., tuple[Sums, Info, LogPosterior]] = jax.jit(
-            _step, donate_argnums=0, compiler_options=for_large_programs()
+            grid_posterior.step, donate_argnums=0, compiler_options=for_large_programs()
         )
         self._maps: dict[tuple[float, ...], LongitudinalMap] = {}
         self._state = self._initial_state()
@@ -97,6 +108,8 @@ class Reference:
         self._place = np.zeros((0, BLOCK), int)
         self._where = np.zeros(0, int)
         self._measured_in: list[dict[str, Measured]] = []
+        self.expected = jnp.zeros(0)
+        """Signals at every node of the dictionary after the latest block that was played."""
         self._weights: list[jnp.ndarray] = []
         self._shifts: list[jnp.ndarray | None] = []
         self._sums: list[Sums] = []
@@ -130,40 +143,40 @@ class Reference:
         """
         n_voxels = len(brightness)
         n_blocks = -(-n_voxels // BLOCK)
-        block_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._empty()))
+        block_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.empty(BLOCK)))
         if n_blocks * block_bytes > MAX_BYTES:
             raise InputError(
                 f"The region has {n_voxels} voxels, the reference posterior holds at most {BLOCK * (MAX_BYTES // block_bytes)} of this scan; "
                 "give a smaller region with --roi or a trained encoder with --encoder."
             )
-        used = {name: maps[name] for name in self._coefficients if name in self._mapped}
+        used = {name: maps[name] for name in self._coefficients if name in self.mapped}
         self._place = blocks.of_like_voxels([*used.values(), 1 + np.maximum(brightness, 0.0)], BLOCK)
         self._where = np.empty(n_voxels, int)
         self._where[self._place.reshape(-1)] = np.arange(self._place.size)
         members = [{name: values[place] for name, values in used.items()} for place in self._place]
-        self._measured_in = [{name: self._measured(name, values) for name, values in each.items()} for each in members]
-        described = [self._describe(*each) for each in zip(members, self._measured_in, strict=True)]
-        self._weights = [weights for weights, _ in described]
-        self._shifts = [shift for _, shift in described]
-        self._sums = [self._spare.pop() if self._spare else self._empty() for _ in self._place]
+        described = [self.linearised(each) for each in members]
+        self._measured_in = [each.measured for each in described]
+        self._weights = [each.weights for each in described]
+        self._shifts = [each.shift for each in described]
+        self._sums = [self._spare.pop() if self._spare else self.empty(BLOCK) for _ in self._place]
         self._spare = []
         self._log_posteriors = [jnp.zeros(0)] * len(self._place)
 
     def reserve(self, n_voxels: int) -> None:
         """Hold memory for so many voxels before the first image says how many there are: fresh memory costs as much as an update."""
-        block_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._empty()))
+        block_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.empty(BLOCK)))
         n_blocks = min(-(-n_voxels // BLOCK), RESERVED_BYTES // block_bytes)
-        self._spare = jax.block_until_ready([self._empty() for _ in range(n_blocks)])
+        self._spare = jax.block_until_ready([self.empty(BLOCK) for _ in range(n_blocks)])
 
     def absorb(self, signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate, block: SaturationBlock, *, first: bool) -> Info:
         """Play the block, absorb the image it led to, and infer; NumPy leaves over all voxels."""
         expected = self.play(block, first=first)
         noise_now = Noise(jnp.asarray(noise.sigma), jnp.asarray(noise.dof), self._discrepancy)
-        shared = None if self._mapped else self._columns(self._weights[0], expected, self.prior.box)
+        shared = None if self.mapped else self.columns(self._weights[0], expected)
 
         def one(index: int) -> Info:
             values = jnp.asarray(signal[self._place[index]], dtype=jnp.float64)
-            columns = self._columns(self._weights[index], expected, self.prior.box) if shared is None else shared
+            columns = self.columns(self._weights[index], expected) if shared is None else shared
             step = self._step(self._sums[index], columns, values, noise_now, self.prior, self._shifts[index])
             self._sums[index], info, self._log_posteriors[index] = jax.block_until_ready(step)
             return info
@@ -193,8 +206,37 @@ class Reference:
     def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
         """Carry the magnetisation through one repetition, whether or not its image counts; the signals expected at every node."""
         begun = self._map_of(block, first=first and not self.scan.first_state.n_dummies)
-        self._state, expected = self._play(self.model.forward, self._reading, self._state, begun)
-        return jax.block_until_ready(expected)
+        self._state, self.expected = jax.block_until_ready(self._play(self.model.forward, self._reading, self._state, begun))
+        return self.expected
+
+    @property
+    def exact(self) -> Reference:
+        """The reference itself; where an encoder answers, the one that audits it."""
+        return self
+
+    def linearised(self, maps: dict[str, Float[np.ndarray, " voxel"]]) -> Linearised:
+        """The columns of voxels of like auxiliary values, by name and in the scan's units."""
+        measured = {name: self._measured(name, values) for name, values in maps.items()}
+        columns = nuisance.columns(self.model.axes, measured)
+        weights = jnp.asarray(nuisance.with_offset(columns, *nuisance.of_range(*bounds(self.scan.readout.offset))))
+        if not measured:
+            return Linearised(measured, weights, None)
+        known = {name: (self.clipped(name, maps[name]) - each.centre) / each.sd for name, each in measured.items()}
+        none = np.zeros(len(next(iter(known.values()))))
+        return Linearised(measured, weights, jnp.asarray(np.stack([known.get(name, none) for name in self._coefficients])))
+
+    def columns(self, weights: Float[jax.Array, "mixture column node"], expected: Float[jax.Array, "node point"]) -> jax.Array:
+        """The likelihood's columns of one image, (column, mixture, cell)."""
+        return self._columns(weights, expected, self.prior.box)
+
+    def empty(self, n_voxels: int) -> Sums:
+        """Running sums without any image."""
+        return likelihood.init(n_voxels, self._n_mixture, len(self._coefficients) + 1, self.prior.box.n_cells)
+
+    def clipped(self, name: str, values: np.ndarray) -> np.ndarray:
+        """An auxiliary's values, within its range."""
+        described = self.scan.auxiliaries[name]  # type: ignore[index]
+        return np.clip(values, described.lower, described.upper)
 
     def among_all(self, voxels: Int[np.ndarray, " voxel"]) -> Int[np.ndarray, " voxel"]:
         """Indices among the region's voxels of those that `for_advice` speaks of."""
@@ -224,43 +266,19 @@ class Reference:
             self._maps[key] = jax.block_until_ready(self._block_map(self.model.forward, tissue_model.saturation(self.scan, played)))
         return self._maps[key]
 
-    def _empty(self) -> Sums:
-        return likelihood.init(BLOCK, self._n_mixture, len(self._coefficients) + 1, self.model.prior.box.n_cells)
-
-    def _describe(self, maps: dict[str, np.ndarray], measured: dict[str, Measured]) -> tuple[jnp.ndarray, jnp.ndarray | None]:
-        """A block's columns as maps from the dictionary's nodes, and its voxels' shifts where there are maps."""
-        columns = nuisance.columns(self.model.axes, measured)
-        weights = jnp.asarray(nuisance.with_offset(columns, *nuisance.of_range(*bounds(self.scan.readout.offset))))
-        if not measured:
-            return weights, None
-        shift = np.zeros((len(self._coefficients), BLOCK))
-        for row, name in enumerate(self._coefficients):
-            if name in measured:
-                shift[row] = (self._clipped(name, maps[name]) - measured[name].centre) / measured[name].sd
-        return weights, jnp.asarray(shift)
-
     def _measured(self, name: str, values: np.ndarray) -> Measured:
         """Where a block's signals are linearised, and how wrong its map may be."""
         described = self.scan.auxiliaries[name]  # type: ignore[index]
-        centre = float(np.mean(self._clipped(name, values)))
+        centre = float(np.mean(self.clipped(name, values)))
         floor = 1e-3 * (described.upper - described.lower)  # the unit of the shifts, also where a map is said to be exact
         return Measured(centre, max(float(np.hypot(described.map_error, described.map_error_relative * centre)), floor))
-
-    def _clipped(self, name: str, values: np.ndarray) -> np.ndarray:
-        described = self.scan.auxiliaries[name]  # type: ignore[index]
-        return np.clip(values, described.lower, described.upper)
 
     def _rehearse(self) -> Info:
         """Run everything once on made-up voxels, then forget them."""
         axes = {axis.name: axis for axis in self.model.axes}
-        self.begin({name: np.full(BLOCK + 1, axes[name].lower) for name in self._mapped}, np.full(BLOCK + 1, 100.0))
+        self.begin({name: np.full(BLOCK + 1, axes[name].lower) for name in self.mapped}, np.full(BLOCK + 1, 100.0))
         state, signal, noise = self._state, np.full(BLOCK + 1, 100.0), NoiseEstimate(1.0, 1.0)
         self.absorb(signal, noise, self.scan.schedule[0], first=True)
         info = self.absorb(signal, noise, self.scan.schedule[0], first=False)
         self._state = state
         return info
-
-
-def _step(sums: Sums, columns, signal, noise: Noise, prior: Prior, shift) -> tuple[Sums, Info, LogPosterior]:
-    sums = likelihood.update(sums, columns, signal)
-    return sums, *grid_posterior.infer(sums, noise, prior, shift)

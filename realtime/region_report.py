@@ -11,7 +11,7 @@ from scansteer.core import stopping
 from scansteer.core.grid_posterior import Info
 from scansteer.core.region import Summary
 from scansteer.core.stopping import Rule
-from scansteer.realtime.messages import ParameterReport, RegionReport
+from scansteer.realtime.messages import MeanParameterReport, MeanReport, ParameterReport, RegionReport
 from scansteer.realtime.roi import Region
 
 
@@ -24,16 +24,41 @@ class Reporter:
         self._areas: dict[str, float | None] = {}
 
     def report(
-        self, regions: Sequence[Region], places: Sequence[np.ndarray], info: Info, moved: Bool[np.ndarray, " voxel"]
+        self, regions: Sequence[Region], places: Sequence[np.ndarray], info: Info, moved: Bool[np.ndarray, " voxel"], means: Sequence[MeanReport]
     ) -> tuple[RegionReport, ...]:
         """One report per region; `places` are its voxels among the leaves of `info`. Voxels that moved do not count as converged."""
         summary = info.summary
         halfwidth = stopping.relative_halfwidth(summary.map, summary.lower, summary.upper)
         converged = stopping.converged(self._rule, halfwidth, summary.edge_mass) & ~moved
         return tuple(
-            self._one(region.name, summary, at, halfwidth[at], float(np.mean(converged[at])), float(np.mean(moved[at])))
-            for region, at in zip(regions, places, strict=True)
+            self._one(region.name, summary, at, halfwidth[at], float(np.mean(converged[at])), float(np.mean(moved[at]))).model_copy(
+                update={"mean_signal": mean}
+            )
+            for region, at, mean in zip(regions, places, means, strict=True)
         )
+
+    def of_means(self, info: Info, n_independent: Sequence[float]) -> list[MeanReport]:
+        """What is said of each region's mean signal; leaves of `info` over the regions."""
+        found = info.summary
+        halfwidth = stopping.relative_halfwidth(found.map, found.lower, found.upper)
+        return [
+            MeanReport(
+                n_independent=behind,
+                parameters={
+                    parameter: MeanParameterReport(
+                        estimate=finite(found.map[number, axis]),
+                        ci_lower=finite(found.lower[number, axis]),
+                        ci_upper=finite(found.upper[number, axis]),
+                        ci_halfwidth_relative=finite(halfwidth[number, axis]),
+                        is_prior_limited=bool(found.edge_mass[number, axis] > stopping.PRIOR_LIMIT),
+                    )
+                    for axis, parameter in enumerate(self._parameters)
+                },
+                cr_area=finite(found.cr_area[number]),
+                nrmse=finite(info.nrmse[number]),
+            )
+            for number, behind in enumerate(n_independent)
+        ]
 
     def _one(
         self, name: str, summary: Summary, at: np.ndarray, halfwidth: Float[np.ndarray, "voxel 2"], fraction_converged: float, fraction_moved: float

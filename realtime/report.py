@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from scansteer.realtime import figures
-from scansteer.realtime.messages import Decision, ParameterReport, RegionReport
+from scansteer.realtime.messages import Decision, MeanParameterReport, MeanReport, ParameterReport, RegionReport
 from scansteer.realtime.retrospective import Comparison
 
 _PAGE = """<!DOCTYPE html>
@@ -23,6 +23,7 @@ _PAGE = """<!DOCTYPE html>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem; margin: 2rem auto;
        padding: 0 1.2rem; }}
 h1 {{ font-size: 1.5rem; font-weight: 600; margin: 0 0 .2rem; }}
+h3 {{ font-size: .95rem; font-weight: 600; margin: 1.2rem 0 .4rem; }}
 h2 {{ font-size: 1.1rem; font-weight: 600; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }}
 p.lead {{ font-size: 1.08rem; margin: .2rem 0 1rem; }}
 p.note, figcaption, footer {{ color: #555; font-size: .88rem; }}
@@ -100,32 +101,49 @@ def _warnings(decisions: Sequence[Decision], summary: Mapping[str, Any]) -> str:
 
 
 def _results(last: Decision, parameters: Sequence[str]) -> str:
-    head = ["<th class='text'>region</th>", "<th>voxels</th>"]
+    voxelwise = _results_table("voxels", parameters, "converged", [_result_cells(region, parameters) for region in last.regions])
+    means = [_mean_cells(region.name, region.mean_signal, parameters) for region in last.regions if region.mean_signal is not None]
+    of_means = (
+        f'<h3>Mean signals</h3>\n<div class="wide">{_results_table("independent voxels", parameters, "NRMSE", means)}</div>\n'
+        '<p class="note">The posterior of a voxel that reads the mean of its region: the noise averages out, what was not measured and what the '
+        "model is wrong by do not. Where tissues or auxiliary maps differ within a region, it is that of no tissue in particular.</p>"
+    )
+    return (
+        f'<h2>After {last.n_images} images</h2>\n<div class="wide">{voxelwise}</div>\n'
+        '<p class="note">Medians over the voxels of a region: joint maximum of the posterior, marginal equal-tailed interval, '
+        "its half-width relative to the estimate. Prior-limited: share of voxels whose interval leans on the edge of the allowed "
+        "range; they never count as converged.</p>" + (of_means if means else "")
+    )
+
+
+def _results_table(counted: str, parameters: Sequence[str], last: str, rows: Sequence[str]) -> str:
+    head = ["<th class='text'>region</th>", f"<th>{counted}</th>"]
     for number, parameter in enumerate(parameters):
         named = escape(figures.label(parameter, is_fraction=number == 0))
         head += [f"<th>{named}</th>", "<th>95 % interval</th>", "<th>half-width</th>", "<th>prior-limited</th>"]
-    head.append("<th>converged</th>")
-    rows = "".join(f"<tr>{_result_cells(region, parameters)}</tr>" for region in last.regions)
-    table = f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{rows}</tbody></table>"
-    return (
-        f'<h2>After {last.n_images} images</h2>\n<div class="wide">{table}</div>\n'
-        '<p class="note">Medians over the voxels of a region: joint maximum of the posterior, marginal equal-tailed interval, '
-        "its half-width relative to the estimate. Prior-limited: share of voxels whose interval leans on the edge of the allowed "
-        "range; they never count as converged.</p>"
-    )
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><thead><tr>{''.join([*head, f'<th>{last}</th>'])}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _result_cells(region: RegionReport, parameters: Sequence[str]) -> str:
     cells = [f"<td class='text'>{escape(region.name)}</td>", f"<td>{region.n_voxels}</td>"]
     for number, parameter in enumerate(parameters):
-        cells += _parameter_cells(region.parameters[parameter], figures.scale(is_fraction=number == 0))
+        report = region.parameters[parameter]
+        cells += _parameter_cells(report, report.median, _percent(report.fraction_prior_limited), figures.scale(is_fraction=number == 0))
     return "".join([*cells, f"<td>{_percent(region.fraction_converged)}</td>"])
 
 
-def _parameter_cells(report: ParameterReport, factor: float) -> list[str]:
+def _mean_cells(name: str, mean: MeanReport, parameters: Sequence[str]) -> str:
+    cells = [f"<td class='text'>{escape(name)}</td>", f"<td>{mean.n_independent:.0f}</td>"]
+    for number, parameter in enumerate(parameters):
+        report = mean.parameters[parameter]
+        cells += _parameter_cells(report, report.estimate, "yes" if report.is_prior_limited else "no", figures.scale(is_fraction=number == 0))
+    return "".join([*cells, f"<td>{'-' if mean.nrmse is None else f'{100 * mean.nrmse:.2f} %'}</td>"])
+
+
+def _parameter_cells(report: ParameterReport | MeanParameterReport, estimate: float | None, prior_limited: str, factor: float) -> list[str]:
     interval = f"{_number(report.ci_lower, factor)} to {_number(report.ci_upper, factor)}"
-    shares = _percent(report.ci_halfwidth_relative), _percent(report.fraction_prior_limited)
-    return [f"<td>{value}</td>" for value in (_number(report.median, factor), interval, *shares)]
+    return [f"<td>{value}</td>" for value in (_number(estimate, factor), interval, _percent(report.ci_halfwidth_relative), prior_limited)]
 
 
 def _maps(maps: Mapping[str, np.ndarray], parameters: Sequence[str]) -> str:

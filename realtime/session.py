@@ -29,11 +29,13 @@ from scansteer.realtime.messages import (
     Decision,
     LackOfFit,
     Latency,
+    MeanReport,
     Message,
     Pulse,
     SuggestedPulse,
 )
 from scansteer.realtime.reference import Reference
+from scansteer.realtime.region_means import RegionMeans
 from scansteer.realtime.region_report import Reporter, finite
 from scansteer.realtime.roi import Region
 from scansteer.realtime.screening import Foresight, Screen
@@ -125,10 +127,14 @@ class Session:
         self._opening_warnings += [self._reference.said] if self._reference.said else []
         self._reference.said = None
         self._reference.reserve(self._most_voxels())
-        self._advisor.rehearse(self._reference.auditor if isinstance(self._reference, Encoded) else self._reference)
+        with ThreadPoolExecutor(1) as side_by_side:
+            means = side_by_side.submit(RegionMeans, self._reference.exact)
+            self._advisor.rehearse(self._reference.exact)
+            self._means = means.result()
         self._rule = rule_of(self.scan)
         self._stopping = stopping.init()
         self._reporter = Reporter(self.scan.parameter_names, self._rule)
+        self._of_means: list[MeanReport] = []
         self._screen = Screen()
         self._record = lack_of_fit.init()
         self._fit = lack_of_fit.Check(None, True)
@@ -225,6 +231,7 @@ class Session:
 
     def close(self) -> None:
         """Let the threads go."""
+        self._means.close()
         self._reference.close()
 
     def _most_voxels(self) -> int:
@@ -263,6 +270,8 @@ class Session:
         self._energy = self._energy + signal.astype(float) ** 2
         self._estimate = self._noise()
         self._info = self._reference.absorb(signal, self._estimate, block, first=self._n_played == 0)
+        means = self._means.absorb(self._reference.exact.expected, signal, self._estimate)
+        self._of_means = self._reporter.of_means(means, self._means.n_independent)
         self._advisor.play(block)
         self._n_played += 1
         return [self._reference.said] if self._reference.said else []
@@ -290,6 +299,7 @@ class Session:
             AUXILIARIES[role]: auxiliaries[role].pixels.reshape(-1)[index] * to_scan_unit(role, self.scan.larmor_hz_per_ppm) for role in self._roles
         }
         self._reference.begin(maps, frame.pixels.reshape(-1)[index], places)
+        self._means.begin(maps, places)
         self._screen.begin(len(index))
         self._energy = np.zeros(len(index))
         warnings.extend(self._outside_range(maps))
@@ -334,7 +344,7 @@ class Session:
             self._record = lack_of_fit.judged(self._record, self._fit, n)
             moved = self._screen.judge(is_unexplained)
             warnings = (*warnings, moved) if moved else warnings
-        reports = self._reporter.report(voxels.regions, voxels.places, info, self._screen.moved)
+        reports = self._reporter.report(voxels.regions, voxels.places, info, self._screen.moved, self._of_means)
         independent = self.scan.noise.effective_voxel_fraction
         progress = [stopping.Region(each.name, each.fraction_converged, independent * each.n_voxels) for each in reports]
         is_enough = self._stopping.would_stop_at is None and not stopping.behind(self._rule, progress)

@@ -12,7 +12,7 @@ import pytest
 from scansteer.core.errors import ScansteerError
 from scansteer.realtime import report
 from scansteer.realtime.images import Geometry
-from scansteer.realtime.messages import Decision, LackOfFit, Latency, ParameterReport, RegionReport, SuggestedPulse
+from scansteer.realtime.messages import Decision, LackOfFit, Latency, MeanParameterReport, MeanReport, ParameterReport, RegionReport, SuggestedPulse
 from scansteer.realtime.outputs import DecisionLog, write_outputs
 
 GEOMETRY = Geometry((6, 4, 1), (60.0, 40.0, 5.0))
@@ -32,9 +32,11 @@ def decision(n: int, stop_at: int | None = 2, undefined: bool = False, warnings:
     parameter = ParameterReport(
         median=value, ci_lower=value, ci_upper=value, ci_halfwidth_relative=value, fraction_prior_limited=0.1
     )
+    of_mean = MeanParameterReport(estimate=value, ci_lower=value, ci_upper=value, ci_halfwidth_relative=value, is_prior_limited=True)
     region = RegionReport(
         name="vial & co", n_voxels=10, parameters={"fs": parameter, "ksw": parameter}, cr_area_median=value, cr_area_p90=value,
         cr_shrinkage=None, anytime_area_median=None, fraction_converged=0.5,
+        mean_signal=MeanReport(n_independent=7.6, parameters={"fs": of_mean, "ksw": of_mean}, cr_area=value, nrmse=value),
     )  # fmt: skip
     called = stop_at is not None and n >= stop_at
     return Decision(
