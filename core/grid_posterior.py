@@ -77,16 +77,17 @@ LogPosterior = Float[Array, "voxel cell"]
 """On the lattice, up to a constant per voxel; float32."""
 
 
-def infer(sums: Sums, noise: Noise, prior: Prior, shift: Float[Array, "nuisance voxel"] | None = None) -> tuple[Info, LogPosterior]:
-    """The posterior of every voxel of a block; `shift` as in `likelihood.fit`."""
-    fit = likelihood.fit(sums, noise, shift)
-    log_posterior = fit.log_likelihood.T + prior.on_cells()
-    power = noise.dof + sums.n_images - 1
-    summary = region.summarise(log_posterior.reshape(-1, *prior.box.n_points), prior.log_density, prior.box, power)
-    at_map = prior.box.position(0, summary.map[:, 0]), prior.box.position(1, summary.map[:, 1])
-    residual, amplitude = (region.at_point(field, at_map, prior.box.n_points) for field in (fit.residual, fit.amplitude))
-    nrmse = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(sums.energy, 1e-30))
-    return Info(summary, nrmse, amplitude), log_posterior
+class OnLattice(eqx.Module):
+    """The posterior of some voxels before it is described."""
+
+    log_posterior: LogPosterior
+    residual: Float[Array, "cell voxel"]
+    """As in `likelihood.Fit`."""
+    amplitude: Float[Array, "cell voxel"]
+    energy: Float[Array, " voxel"]
+    """Sum of squared signals [pixel^2]."""
+    power: Float[Array, ""]
+    """As in `region.summarise`."""
 
 
 def step(
@@ -96,7 +97,18 @@ def step(
     noise: Noise,
     prior: Prior,
     shift: Float[Array, "nuisance voxel"] | None = None,
-) -> tuple[Sums, Info, LogPosterior]:
-    """Add one image and infer."""
+) -> tuple[Sums, OnLattice]:
+    """Add one image and infer; `shift` as in `likelihood.fit`."""
     sums = likelihood.update(sums, columns, signal)
-    return sums, *infer(sums, noise, prior, shift)
+    fit = likelihood.fit(sums, noise, shift)
+    power = noise.dof + sums.n_images - 1
+    return sums, OnLattice(fit.log_likelihood.T + prior.on_cells(), fit.residual, fit.amplitude, sums.energy, power)
+
+
+def describe(posterior: OnLattice, prior: Prior) -> Info:
+    """What is said of every voxel."""
+    n_points = prior.box.n_points
+    summary = region.summarise(posterior.log_posterior.reshape(-1, *n_points), prior.log_density, prior.box, posterior.power)
+    at_map = prior.box.position(0, summary.map[:, 0]), prior.box.position(1, summary.map[:, 1])
+    residual, amplitude = (region.at_point(field, at_map, n_points) for field in (posterior.residual, posterior.amplitude))
+    return Info(summary, jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(posterior.energy, 1e-30)), amplitude)

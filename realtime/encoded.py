@@ -81,13 +81,14 @@ class Encoded:
         self._mapped = tuple(axis.name for axis in axes if axis.name in mapped)
         check(trained, scan, self._mapped)  # before anything is compiled
         columns = voxel_columns.make(axes, self._mapped, nuisance.of_range(*bounds(scan.readout.offset)))
-        with ThreadPoolExecutor(2) as side_by_side:  # both compile for long
+        self._coordinate = trained.encoder.coordinate
+        self._compare = jax.jit(self._distances, compiler_options=for_large_programs())
+        with ThreadPoolExecutor(1) as side_by_side:  # both compile for long
             few = math.prod(scan.matrix or (0,)) < VOLUME
             volume = side_by_side.submit(Volume, trained.encoder, columns, scan.noise.discrepancy, ready_soon=few)
             self._reference = Auditor(scan, mapped)
+            self._rehearse_comparison()
             self._volume = volume.result()
-        self._coordinate = trained.encoder.coordinate
-        self._compare = jax.jit(self._distances, compiler_options=for_large_programs())
         self._seed = zlib.crc32(scan.name.encode())
         self._history: list[tuple[np.ndarray, np.ndarray, NoiseEstimate]] | None = None
         self._region: tuple[dict[str, np.ndarray], np.ndarray] | None = None
@@ -101,7 +102,6 @@ class Encoded:
         """What happened at the latest image that a person should know."""
         self.veto: str | None = None
         """Why a stop is out of the question; none: nothing speaks against it."""
-        self._warm_up()
 
     @property
     def prior(self) -> Prior:
@@ -208,8 +208,7 @@ class Encoded:
         self.said = f"{found}; the reference decides from now on."
         return info
 
-    def _warm_up(self) -> None:
-        """Compile the comparison."""
+    def _rehearse_comparison(self) -> None:
         n_cells = self.prior.box.n_cells
         ours = Gaussian(np.zeros((N_AUDITED, 2), np.float32), np.tile(np.array([1, 0, 1], np.float32), (N_AUDITED, 1)))  # pyright: ignore[reportArgumentType]
         jax.block_until_ready(self._compare(jax.random.PRNGKey(0), ours, np.zeros((N_AUDITED, n_cells), np.float32), np.float64(10.0)))

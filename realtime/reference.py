@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from scansteer.core import blocks, dictionary, grid_posterior, likelihood, nuisance
-from scansteer.core.code_generation import for_large_programs
+from scansteer.core.code_generation import for_blocks_of_voxels, for_large_programs
 from scansteer.core.errors import InputError
-from scansteer.core.grid_posterior import Info, LogPosterior, Prior
+from scansteer.core.grid_posterior import Info, OnLattice, Prior
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.nuisance import Measured
@@ -98,9 +98,8 @@ class Reference:
         self._play = jax.jit(dictionary.play)
         self._reading = jax.jit(dictionary.reading)(self.model.forward)
         self._columns = jax.jit(grid_posterior.expected_columns, compiler_options=for_large_programs())
-        self._step: Callable[..., tuple[Sums, Info, LogPosterior]] = jax.jit(
-            grid_posterior.step, donate_argnums=0, compiler_options=for_large_programs()
-        )
+        self._step: Callable[..., tuple[Sums, OnLattice]] = jax.jit(grid_posterior.step, donate_argnums=0, compiler_options=for_blocks_of_voxels())
+        self._describe = jax.jit(grid_posterior.describe, compiler_options=for_blocks_of_voxels())
         self._maps: dict[tuple[float, ...], LongitudinalMap] = {}
         self._state = self._initial_state()
         for index, block in enumerate(scan.schedule):
@@ -177,9 +176,9 @@ class Reference:
         def one(index: int) -> Info:
             values = jnp.asarray(signal[self._place[index]], dtype=jnp.float64)
             columns = self.columns(self._weights[index], expected) if shared is None else shared
-            step = self._step(self._sums[index], columns, values, noise_now, self.prior, self._shifts[index])
-            self._sums[index], info, self._log_posteriors[index] = jax.block_until_ready(step)
-            return info
+            self._sums[index], posterior = self._step(self._sums[index], columns, values, noise_now, self.prior, self._shifts[index])
+            self._log_posteriors[index] = posterior.log_posterior
+            return self.describe(posterior)
 
         infos = list(self._pool.map(one, range(len(self._sums))))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[self._where], *infos)
@@ -228,6 +227,10 @@ class Reference:
     def columns(self, weights: Float[jax.Array, "mixture column node"], expected: Float[jax.Array, "node point"]) -> jax.Array:
         """The likelihood's columns of one image, (column, mixture, cell)."""
         return self._columns(weights, expected, self.prior.box)
+
+    def describe(self, posterior: OnLattice) -> Info:
+        """What is said of a block of voxels."""
+        return jax.block_until_ready(self._describe(posterior, self.prior))
 
     def empty(self, n_voxels: int) -> Sums:
         """Running sums without any image."""

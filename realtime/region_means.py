@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import Float
 
 from scansteer.core import grid_posterior
-from scansteer.core.code_generation import for_large_programs
-from scansteer.core.grid_posterior import Info
+from scansteer.core.code_generation import for_blocks_of_voxels
+from scansteer.core.grid_posterior import Info, OnLattice
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
-from scansteer.realtime.reference import Linearised, Reference
+from scansteer.realtime.reference import BLOCK, Linearised, Reference
 
 EXTRA = 0.001, 0.002, 0.004, 0.008
 """Standard deviations of the model's error beyond the scan's discrepancy [fraction of M0]. The two-pool model leaves 0.2 to 0.3 % of the
@@ -48,7 +48,7 @@ class RegionMeans:
         """
         self._reference = reference
         self._discrepancy = jnp.hypot(reference.scan.noise.discrepancy, jnp.asarray(EXTRA))
-        self._step = jax.jit(grid_posterior.step, donate_argnums=0, compiler_options=for_large_programs())
+        self._step = jax.jit(grid_posterior.step, donate_argnums=0, compiler_options=for_blocks_of_voxels())
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-means")
         self._regions: list[_Region] = []
         self._sums: list[Sums] = []
@@ -75,17 +75,17 @@ class RegionMeans:
     def absorb(self, expected: Float[jax.Array, "node point"], signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate) -> Info:
         """Add one image whose expected signals are known, and infer; NumPy leaves over all regions."""
 
-        def one(number: int) -> Info:
+        def one(number: int) -> OnLattice:
             region = self._regions[number]
             mean = jnp.asarray(signal[region.voxels].mean(keepdims=True), jnp.float64)
             here = Noise(jnp.asarray(noise.sigma / np.sqrt(region.n_independent)), jnp.asarray(noise.dof), self._discrepancy)
             columns = self._reference.columns(region.linearised.weights, expected)
-            step = self._step(self._sums[number], columns, mean, here, self._reference.prior, region.linearised.shift)
-            self._sums[number], info, _ = jax.block_until_ready(step)
-            return info
+            self._sums[number], posterior = self._step(self._sums[number], columns, mean, here, self._reference.prior, region.linearised.shift)
+            return jax.tree.map(np.asarray, posterior)
 
-        infos = list(self._pool.map(one, range(len(self._regions))))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
+        found = list(self._pool.map(one, range(len(self._regions))))
+        infos = [self._reference.describe(_block(found[first : first + BLOCK])) for first in range(0, len(found), BLOCK)]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(found)], *infos)
 
     @property
     def n_independent(self) -> list[float]:
@@ -102,3 +102,15 @@ class RegionMeans:
         for _ in range(2):
             self.absorb(self._reference.expected, np.full(1, 100.0), NoiseEstimate(1.0, 1.0))
         self.begin({}, [])
+
+
+def _block(regions: Sequence[OnLattice]) -> OnLattice:
+    """As many as the reference describes at a time: the last one repeated."""
+    padded = [*regions, *[regions[-1]] * (BLOCK - len(regions))]
+    return OnLattice(
+        log_posterior=np.concatenate([each.log_posterior for each in padded]),
+        residual=np.concatenate([each.residual for each in padded], axis=1),
+        amplitude=np.concatenate([each.amplitude for each in padded], axis=1),
+        energy=np.concatenate([each.energy for each in padded]),
+        power=padded[0].power,
+    )

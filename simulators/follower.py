@@ -170,8 +170,8 @@ def _play(model, reading, state, block, place):
 
 
 def _step(sums: Sums, weights, expected, signal, noise: Noise, prior: Prior) -> tuple[Sums, Info, LogPosterior]:
-    sums = likelihood.update(sums, grid_posterior.expected_columns(weights, expected, prior.box), signal)
-    return sums, *grid_posterior.infer(sums, noise, prior)
+    sums, posterior = grid_posterior.step(sums, grid_posterior.expected_columns(weights, expected, prior.box), signal, noise, prior)
+    return sums, grid_posterior.describe(posterior, prior), posterior.log_posterior
 
 
 def _foresee(signals, question: Question, rows: Rows, mean_weights):
