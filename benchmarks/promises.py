@@ -191,7 +191,10 @@ def priors(name: str, scenes: int = 24) -> None:
 
 
 def means(name: str, scenes: int = 16) -> None:
-    """Print how many truths the 95 % intervals and regions of region means hold, where the model is exact and where it is wrong by a little."""
+    """Print how many truths the 95 % intervals of region means hold, where the model is exact and where it is wrong by a little.
+
+    Sixteen regions of a scene share carry-over, first state and offset.
+    """
     scan, mapped = load(name), world.mapped_auxiliaries(load(name))
     reference = Reference(scan, mapped)
     of_regions = RegionMeans(reference)

@@ -100,15 +100,20 @@ def step(
 ) -> tuple[Sums, OnLattice]:
     """Add one image and infer; `shift` as in `likelihood.fit`."""
     sums = likelihood.update(sums, columns, signal)
+    return sums, on_lattice(sums, noise, prior, shift)
+
+
+def on_lattice(sums: Sums, noise: Noise, prior: Prior, shift: Float[Array, "nuisance voxel"] | None = None) -> OnLattice:
+    """The posterior of every voxel of a block; `shift` as in `likelihood.fit`."""
     fit = likelihood.fit(sums, noise, shift)
     power = noise.dof + sums.n_images - 1
-    return sums, OnLattice(fit.log_likelihood.T + prior.on_cells(), fit.residual, fit.amplitude, sums.energy, power)
+    return OnLattice(fit.log_likelihood.T + prior.on_cells(), fit.residual, fit.amplitude, sums.energy, power)
 
 
-def describe(posterior: OnLattice, prior: Prior) -> Info:
-    """What is said of every voxel."""
+def describe(posterior: OnLattice, prior: Prior) -> tuple[Info, Float[Array, " voxel"]]:
+    """What is said of every voxel, and the log evidence of its model: comparable between posteriors of the same images."""
     n_points = prior.box.n_points
-    summary = region.summarise(posterior.log_posterior.reshape(-1, *n_points), prior.log_density, prior.box, posterior.power)
+    summary, evidence = region.with_evidence(posterior.log_posterior.reshape(-1, *n_points), prior.log_density, prior.box, posterior.power)
     at_map = prior.box.position(0, summary.map[:, 0]), prior.box.position(1, summary.map[:, 1])
     residual, amplitude = (region.at_point(field, at_map, n_points) for field in (posterior.residual, posterior.amplitude))
-    return Info(summary, jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(posterior.energy, 1e-30)), amplitude)
+    return Info(summary, jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(posterior.energy, 1e-30)), amplitude), evidence

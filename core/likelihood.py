@@ -54,8 +54,8 @@ class Noise(eqx.Module):
     sigma: Float[Array, ""]
     """[pixel units]"""
     dof: Float[Array, ""]
-    discrepancy: Float[Array, "*level"]
-    """tau, standard deviation of the model's error per image [fraction of M0]; of several values each is as probable as the others."""
+    discrepancy: Float[Array, ""]
+    """tau, standard deviation of the model's error per image [fraction of M0]."""
 
 
 class Fit(eqx.Module):
@@ -104,21 +104,13 @@ def at_cells(
 
 
 def fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None = None) -> Fit:
-    """Evaluate the likelihood; mixture components count equally, and so do several values of the discrepancy.
+    """Evaluate the likelihood; mixture components count equally.
 
     Parameters
     ----------
     shift
         Known means of the nuisances' coefficients u, voxel by voxel, where they were measured; none: all are 0.
     """
-    if not noise.discrepancy.ndim:
-        return _fit(sums, noise, shift)
-    each = jax.vmap(lambda tau: _fit(sums, Noise(noise.sigma, noise.dof, tau), shift))(noise.discrepancy)
-    return _mix(each.log_likelihood, each.residual, each.amplitude)
-
-
-def _fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None) -> Fit:
-    """At one discrepancy."""
     factor = _factor(sums, noise)
     whiten, ridge, p = factor.whiten, factor.ridge, sums.projection
     y = [_total(whiten[j, i] * p[i] for i in range(j, len(p))) for j in range(len(p))]

@@ -11,6 +11,7 @@ thus follows the posterior.
 from __future__ import annotations
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -51,12 +52,26 @@ def summarise(
     box: Box,
     power: Float[Array, ""] | None = None,
 ) -> Summary:
+    """As `with_evidence`, without it."""
+    return with_evidence(log_posterior, log_prior, box, power)[0]
+
+
+def with_evidence(
+    log_posterior: Float[Array, "voxel f k"],
+    log_prior: tuple[Float[Array, " f"], Float[Array, " k"]],
+    box: Box,
+    power: Float[Array, ""] | None = None,
+) -> tuple[Summary, Float[Array, " voxel"]]:
     """Summarise log posterior densities over (f, k), each up to a constant; the prior is the product of two normalised ones.
 
     Parameters
     ----------
     power
         Of a Student-t: the density is misfit^(-power / 2), power = degrees of freedom behind the noise + images - 1; none: Gaussian.
+
+    Returns
+    -------
+    What is said of every voxel, and the log of its posterior's integral over the box as it was given, not normalised.
     """
     misfit, outer = prepared(log_posterior, log_prior[0][:, None] + log_prior[1], power)
     prior = _prior_on(outer, log_prior)
@@ -67,7 +82,9 @@ def summarise(
     anytime = _anytime_area(wide, prior, area)
     inner = _shrink(marginals[0], outer[0], box.n_points[0]), _shrink(marginals[1], outer[1], box.n_points[1])
     density = from_misfit(_zoom(misfit, inner), power) + _prior_on(inner, log_prior)
-    return _describe(density, inner, box, anytime_area=anytime, edge_mass=jnp.stack(edges, 1))
+    highest = jnp.max(log_posterior - (log_prior[0][:, None] + log_prior[1]), axis=(1, 2))  # of the likelihood: what `prepared` takes away
+    evidence = highest + jax.nn.logsumexp(density + jnp.log(_cell_areas(inner, box)), axis=(1, 2))
+    return _describe(density, inner, box, anytime_area=anytime, edge_mass=jnp.stack(edges, 1)), evidence
 
 
 _FLOOR = -1e6
@@ -274,7 +291,7 @@ _LOWEST_LEVEL = -12.0
 
 
 def _where_highest(values: Float[Array, "voxel place"]) -> Int[Array, " voxel"]:
-    """The first place of the highest value: as `argmax`, in a quarter of its time."""
+    """The first place of the highest value: as `argmax` where none is NaN, in a quarter of its time."""
     n = values.shape[1]
     is_highest = values == jnp.max(values, axis=1, keepdims=True)
     return jnp.minimum(jnp.min(jnp.where(is_highest, jnp.arange(n), n), axis=1), n - 1)

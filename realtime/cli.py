@@ -344,7 +344,8 @@ def _write(path: Path, text: str) -> None:
 def main() -> None:
     """Run a command; errors are one sentence, exit codes 1 (it ran and failed) and 2 (wrong use)."""
     try:
-        app(standalone_mode=False)
+        if left := app(standalone_mode=False):  # typer hands the code of an interruption back instead of raising it
+            _fail("Interrupted." if left == 130 else "", int(left))
     except InputError as error:
         _fail(str(error), 2)
     except ScansteerError as error:

@@ -98,15 +98,17 @@ def from_bytes(packed: bytes, source: str) -> Trained:
             about = json.loads(bytes(archive["about"]).decode())
             leaves = [archive[name] for name in sorted(archive.files) if name.startswith("leaf_")]
         if about.pop("format") != FORMAT:
-            raise InputError(f"{source} is an encoder of another format; train it again with `scansteer train`.")
+            raise InputError(f"{source} is an encoder of another format than {FORMAT}; train it again with `scansteer train`.")
         name, physics = about.pop("scan"), about.pop("physics")
         mapped, ranks = (tuple(about.pop(key)) for key in ("mapped", "ranks"))
         sizes = about.pop("refinements"), about.pop("anchors")
+        if not all(np.all(np.isfinite(leaf)) for leaf in leaves):
+            raise InputError(f"{source} holds weights that are not finite; train it again with `scansteer train`.")
         return Trained(_filled(physics["parameters"], ranks, *sizes, leaves), name, physics, mapped, about)
     except InputError:
         raise
     except Exception as error:  # what NumPy, zipfile and JSON raise where a file is damaged has no common kind
-        raise InputError(f"{source} is not an encoder; `scansteer train` writes one.") from error
+        raise InputError(f"{source} is not an encoder, or is damaged; copy it again, or make one with `scansteer train`.") from error
 
 
 def shipped(scan: Scan) -> Trained | None:

@@ -2,7 +2,7 @@
 
 Averaging lowers the noise, and nothing else: what was not measured, and the scan's discrepancy, all voxels share, so the mean's interval does not
 shrink below them. Next to so little noise even a good model is wrong by more, so the discrepancy of a mean is not known either: its values of
-`EXTRA`, beside the scan's own, are equally probable before the scan, and the images weigh them.
+`EXTRA`, beside the scan's own, are equally probable before the scan, and the images weigh them. A voxel that moved stays in the mean.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from scansteer.core import grid_posterior
+from scansteer.core import grid_posterior, likelihood
 from scansteer.core.code_generation import for_blocks_of_voxels
-from scansteer.core.grid_posterior import Info, OnLattice
+from scansteer.core.grid_posterior import Info, OnLattice, Prior
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
 from scansteer.realtime.reference import BLOCK, Linearised, Reference
@@ -49,7 +49,7 @@ class RegionMeans:
         """
         self._reference = reference
         self._discrepancy = jnp.hypot(reference.scan.noise.discrepancy, jnp.asarray(EXTRA))
-        self._step = jax.jit(grid_posterior.step, donate_argnums=0, compiler_options=for_blocks_of_voxels())
+        self._step = jax.jit(_step, donate_argnums=0, compiler_options=for_blocks_of_voxels())
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-means")
         self._regions: list[_Region] = []
         self._sums: list[Sums] = []
@@ -75,18 +75,28 @@ class RegionMeans:
 
     def absorb(self, expected: Float[jax.Array, "node point"], signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate) -> Info:
         """Add one image whose expected signals are known, and infer; NumPy leaves over all regions."""
+        shared = None if self._reference.mapped else self._reference.columns(self._regions[0].linearised.weights, expected)
 
         def one(number: int) -> OnLattice:
             region = self._regions[number]
             mean = jnp.asarray(signal[region.voxels].mean(keepdims=True), jnp.float64)
             here = Noise(jnp.asarray(noise.sigma / np.sqrt(region.n_independent)), jnp.asarray(noise.dof), self._discrepancy)
-            columns = self._reference.columns(region.linearised.weights, expected)
+            columns = self._reference.columns(region.linearised.weights, expected) if shared is None else shared
             self._sums[number], posterior = self._step(self._sums[number], columns, mean, here, self._reference.prior, region.linearised.shift)
             return jax.tree.map(np.asarray, posterior)
 
-        found = list(self._pool.map(one, range(len(self._regions))))
-        infos = [self._reference.describe(_block(found[first : first + BLOCK])) for first in range(0, len(found), BLOCK)]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(found)], *infos)
+        found = jax.tree.map(lambda *leaves: np.concatenate(leaves), *self._pool.map(one, range(len(self._regions))))
+        return _weighed(*self._described(found))
+
+    def _described(self, posteriors: OnLattice) -> tuple[Info, Float[np.ndarray, " posterior"]]:
+        """By as many as the reference describes at a time, the last ones of them padded."""
+        n = len(posteriors.energy)
+        parts = []
+        for first in range(0, n, BLOCK):
+            rows = np.minimum(np.arange(first, first + BLOCK), n - 1)
+            block = jax.tree.map(lambda leaf, rows=rows: leaf[rows], posteriors)
+            parts.append(self._reference.describe(OnLattice(block.log_posterior, block.residual.T, block.amplitude.T, block.energy, block.power[0])))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)
 
     @property
     def n_independent(self) -> list[float]:
@@ -105,13 +115,32 @@ class RegionMeans:
         self.begin({}, [])
 
 
-def _block(regions: Sequence[OnLattice]) -> OnLattice:
-    """As many as the reference describes at a time: the last one repeated."""
-    padded = [*regions, *[regions[-1]] * (BLOCK - len(regions))]
-    return OnLattice(
-        log_posterior=np.concatenate([each.log_posterior for each in padded]),
-        residual=np.concatenate([each.residual for each in padded], axis=1),
-        amplitude=np.concatenate([each.amplitude for each in padded], axis=1),
-        energy=np.concatenate([each.energy for each in padded]),
-        power=padded[0].power,
-    )
+def _step(
+    sums: Sums,
+    columns: Float[jax.Array, "column mixture cell"],
+    signal: Float[jax.Array, "1"],
+    noise: Noise,
+    prior: Prior,
+    shift: Float[jax.Array, "nuisance 1"] | None,
+) -> tuple[Sums, OnLattice]:
+    """Add one image to a region's mean, and infer at every value of the discrepancy: all leaves begin with those."""
+    sums = likelihood.update(sums, columns, signal)
+    found = jax.vmap(lambda tau: grid_posterior.on_lattice(sums, Noise(noise.sigma, noise.dof, tau), prior, shift))(noise.discrepancy)
+    return sums, OnLattice(found.log_posterior[:, 0], found.residual[..., 0], found.amplitude[..., 0], found.energy[:, 0], found.power)
+
+
+def _weighed(info: Info, evidence: Float[np.ndarray, " posterior"]) -> Info:
+    """Of every region the averages over the values of the discrepancy, by their evidence.
+
+    The values' posteriors lie about the same place and differ in width. Averaged on the lattice instead, and then described, they are no
+    Student-t any more, and what is narrower than the lattice is lost: 70 % of the intervals held the truth where 95 % do.
+    """
+    by_region = evidence.reshape(-1, len(EXTRA))
+    weights = np.exp(by_region - by_region.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+
+    def average(leaf: np.ndarray) -> np.ndarray:
+        values = leaf.reshape(-1, len(EXTRA), *leaf.shape[1:])
+        return np.einsum("rl,rl...->r...", weights, values)
+
+    return jax.tree.map(average, info)

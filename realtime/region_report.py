@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -38,8 +39,9 @@ class Reporter:
         )
 
     def of_means(self, info: Info, n_independent: Sequence[float]) -> list[MeanReport]:
-        """What is said of each region's mean signal; leaves of `info` over the regions."""
-        found = info.summary
+        """What is said of each region's mean signal; leaves of `info` over the regions. Of a mean that is no signal (NRMSE over 1): nothing."""
+        is_signal = info.nrmse < 1
+        found = jax.tree.map(lambda leaf: np.where(is_signal.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, np.nan), info.summary)
         halfwidth = stopping.relative_halfwidth(found.map, found.lower, found.upper)
         return [
             MeanReport(
@@ -55,7 +57,7 @@ class Reporter:
                     for axis, parameter in enumerate(self._parameters)
                 },
                 cr_area=finite(found.cr_area[number]),
-                nrmse=finite(info.nrmse[number]),
+                nrmse=finite(info.nrmse[number]) if is_signal[number] else None,
             )
             for number, behind in enumerate(n_independent)
         ]

@@ -134,7 +134,7 @@ def _result_cells(region: RegionReport, parameters: Sequence[str]) -> str:
 
 
 def _mean_cells(name: str, mean: MeanReport, parameters: Sequence[str]) -> str:
-    cells = [f"<td class='text'>{escape(name)}</td>", f"<td>{mean.n_independent:.0f}</td>"]
+    cells = [f"<td class='text'>{escape(name)}</td>", f"<td>{mean.n_independent:.1f}</td>"]
     for number, parameter in enumerate(parameters):
         report = mean.parameters[parameter]
         cells += _parameter_cells(report, report.estimate, "yes" if report.is_prior_limited else "no", figures.scale(is_fraction=number == 0))

@@ -298,7 +298,10 @@ class Session:
         maps = {
             AUXILIARIES[role]: auxiliaries[role].pixels.reshape(-1)[index] * to_scan_unit(role, self.scan.larmor_hz_per_ppm) for role in self._roles
         }
-        self._reference.begin(maps, frame.pixels.reshape(-1)[index], places)
+        brightness = frame.pixels.reshape(-1)[index]
+        warnings.extend(f"Region {region.name!r} holds no signal: its mean is {brightness[at].mean():g}; nothing can be known of it."
+                        for region, at in zip(regions, places, strict=True) if brightness[at].mean() <= 0)  # fmt: skip
+        self._reference.begin(maps, brightness, places)
         self._means.begin(maps, places)
         self._screen.begin(len(index))
         self._energy = np.zeros(len(index))

@@ -449,11 +449,11 @@ def check_size(settings: Settings, start: Trained) -> None:
         raise InputError(
             f"--tolerance {settings.tolerance:g}: the basis of --from was made to {tolerance:g} and can only be shortened; train from nothing."
         )
-    untrained = "and must be trained for others; give --steps."
+    otherwise = "and must be trained for others; give --steps."
     if not settings.n_steps and settings.n_refinements > refinements:
-        raise InputError(f"--refinements {settings.n_refinements}: the weights of --from have {refinements}, {untrained}")
+        raise InputError(f"--refinements {settings.n_refinements}: the weights of --from have {refinements}, {otherwise}")
     if not settings.n_steps and settings.n_anchors != anchors:
-        raise InputError(f"--anchors {settings.n_anchors}: the weights of --from have {anchors}, {untrained}")
+        raise InputError(f"--anchors {settings.n_anchors}: the weights of --from have {anchors}, {otherwise}")
 
 
 def weights_of(start: str | None, scan: Scan) -> Trained | None:

@@ -171,7 +171,7 @@ def _play(model, reading, state, block, place):
 
 def _step(sums: Sums, weights, expected, signal, noise: Noise, prior: Prior) -> tuple[Sums, Info, LogPosterior]:
     sums, posterior = grid_posterior.step(sums, grid_posterior.expected_columns(weights, expected, prior.box), signal, noise, prior)
-    return sums, grid_posterior.describe(posterior, prior), posterior.log_posterior
+    return sums, grid_posterior.describe(posterior, prior)[0], posterior.log_posterior
 
 
 def _foresee(signals, question: Question, rows: Rows, mean_weights):

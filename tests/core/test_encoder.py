@@ -197,9 +197,10 @@ def test_fewer_anchors_see_the_same_likelihood_where_the_data_say_little(world):
     assert (len(plan.places), len(coarse_plan.places)) == (64, 36)
     np.testing.assert_allclose(np.sum(np.exp(coarse_plan.log_mass)), 1, rtol=1e-5)
     state = state_of(world, measured(images, np.random.default_rng(3), 8), range(2))
-    loud = Noise(jnp.asarray(20.0), NOISE.dof, NOISE.discrepancy)
+    loud = Noise(jnp.asarray(8.0), NOISE.dof, NOISE.discrepancy)
     fine, few = (compiled(encoders.anchor_features)(each, with_plan, state, loud) for each, with_plan in ((encoder, plan), (coarse, coarse_plan)))
-    np.testing.assert_allclose(few, fine, atol=0.1)
+    assert np.max(np.abs(fine)) > 0.2
+    np.testing.assert_allclose(few, fine, atol=0.05)
 
 
 def test_a_shortened_basis_keeps_its_first_functions_and_leaves_what_it_may():

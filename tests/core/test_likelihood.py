@@ -141,25 +141,3 @@ def test_a_cell_whose_nuisances_leave_nothing_of_the_amplitude_is_improbable():
     fit = FIT(absorbed(columns, seen), noise())
     assert np.all(np.diff(fit.log_likelihood[0, 1:]) < -10)  # a tenth of the amplitude is the least that is believed
     assert np.all(fit.amplitude > 0)
-
-
-def test_several_discrepancies_count_equally():
-    columns, measured = example(sigma=8.0)
-    sums, values = absorbed(columns, measured), (0.0, 0.004, 0.02)
-    apart = np.stack([np.asarray(FIT(sums, noise(discrepancy=value)).log_likelihood) for value in values])
-    together = FIT(sums, noise(discrepancy=values))
-    np.testing.assert_allclose(together.log_likelihood, np.logaddexp.reduce(apart, axis=0), rtol=1e-5)
-    assert together.residual.shape == together.amplitude.shape == (N_CELLS, measured.shape[1])
-
-
-@pytest.mark.parametrize("true", [0.0, 0.02])
-def test_images_weigh_several_discrepancies(true):
-    """Summed over cells, the likelihood is highest near the discrepancy with which the images were made."""
-    rng, values = np.random.default_rng(5), (0.0, 0.005, 0.02, 0.08)
-    total = np.zeros(len(values))
-    for seed in range(20):
-        columns, measured = example(seed)
-        measured = measured + 1000.0 * true * rng.standard_normal(measured.shape)
-        sums = absorbed(columns, measured)
-        total += [np.logaddexp.reduce(np.asarray(FIT(sums, noise(discrepancy=value)).log_likelihood), axis=0).sum() for value in values]
-    assert values[int(np.argmax(total))] == true

@@ -166,6 +166,18 @@ def test_scan_files_make_the_round_trip(monkeypatch, capsys, tmp_path):
     assert "larg-phantom-9.4T" in run(monkeypatch, capsys, "scans", "list")[1]
 
 
+def test_an_interruption_is_said_and_is_no_success(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_scan", interrupted)
+    monkeypatch.setattr(sys, "argv", ["scansteer", "bench", "--scan", "mt-mouse-7T-30"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert leaving.value.code == 130
+    assert "Interrupted." in capsys.readouterr().err
+
+
 def test_no_command_shows_the_commands_and_says_nothing_else(monkeypatch, capsys):
     code, out, error = run(monkeypatch, capsys)
     assert code == 2

@@ -1,5 +1,6 @@
 """Encoder files: what is in them, and which are refused."""
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -59,6 +60,13 @@ def test_targets_and_limits_may_differ(trained):
 def test_other_maps_are_refused(trained):
     with pytest.raises(InputError, match="was trained with maps of t1_s, t2_s, this session has no maps"):
         encoder_file.check(trained, MOUSE, ())
+
+
+def test_weights_that_are_not_finite_are_refused(trained):
+    weights, rest = eqx.partition(trained.encoder, eqx.is_inexact_array)
+    spoilt = trained._replace(encoder=eqx.combine(jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), weights), rest))
+    with pytest.raises(InputError, match=r"spoilt\.encoder holds weights that are not finite"):
+        encoder_file.from_bytes(encoder_file.to_bytes(spoilt), "spoilt.encoder")
 
 
 def test_something_else_is_not_an_encoder(tmp_path):

@@ -93,10 +93,43 @@ def test_means_are_narrower_than_voxels_and_hold_the_truth(scan, reference, expe
     assert np.all(np.median(narrower, axis=0) < 0.7)
 
 
-def test_what_voxels_share_does_not_average_out(scan, reference, expected):
-    means, scene = RegionMeans(reference), replace(alike(scan, 2), sigma=1e-6)
-    little, less = (width(followed(means, scene, expected, [np.arange(N_VOXELS)], factor).summary)[0] for factor in (1e6, 1e3))
-    assert np.all(less > 0.5 * little)
+@pytest.mark.parametrize("extra", [region_means.EXTRA, (1e-4,)])
+def test_what_voxels_share_does_not_average_out(scan, reference, expected, monkeypatch, extra):
+    """Next to no noise a mean of forty voxels is not known better than one of four: neither by the model's error nor by what was not measured."""
+    monkeypatch.setattr(region_means, "EXTRA", extra)
+    scene = replace(alike(scan, 2), sigma=1e-2)
+    few, many = width(followed(RegionMeans(reference), scene, expected, [np.arange(4), np.arange(N_VOXELS)]).summary)
+    np.testing.assert_allclose(few, many, rtol=0.02)
+
+
+def test_a_mean_has_the_mean_of_the_maps(scan, reference, expected):
+    means, scene, regions = RegionMeans(reference), alike(scan, 6), [np.arange(N_VOXELS)]
+    level = {"t1_s": np.full(N_VOXELS, 2.9)}
+    varied = {"t1_s": np.linspace(2.6, 3.2, N_VOXELS)}
+    first = {"t1_s": np.full(N_VOXELS, 2.6)}
+    by_level, by_varied, by_first = (followed(means, replace(scene, maps=maps), expected, regions).summary for maps in (level, varied, first))
+    np.testing.assert_allclose(by_varied.lower, by_level.lower, rtol=1e-4)
+    assert np.any(np.abs(by_first.lower - by_level.lower) > 1e-2 * width(by_level))
+
+
+def test_half_as_many_voxels_are_independent(scan, reference, expected):
+    means = RegionMeans(reference)
+    means.begin({"t1_s": np.full(N_VOXELS, 2.9)}, [np.arange(N_VOXELS), np.arange(1)])
+    assert means.n_independent == [20.0, 1.0]
+
+
+def test_narrow_means_do_not_depend_on_the_lattice():
+    """After a whole scan a mean's ridge is narrower than the lattice's steps."""
+    scan = PUBLISHED.model_copy(update={"matrix": None})
+    drawn = world.from_priors(scan, 12, (13, 0))
+    scene, found = replace(drawn, sigma=drawn.sigma / np.sqrt(160)), []
+    for n_points in (56, 111):
+        reference = Reference(scan, [], n_points=(n_points, n_points))
+        played = [reference.play(block, first=index == 0) for index, block in enumerate(scan.schedule)]
+        found.append(followed(RegionMeans(reference), replace(scene, maps={}), played, list(np.arange(12)[:, None])).summary)
+    coarse, fine = found
+    np.testing.assert_allclose(width(coarse), width(fine), rtol=0.2)
+    assert np.all(np.abs(coarse.lower - fine.lower) < 0.5 * width(fine))
 
 
 def test_a_mean_that_the_model_does_not_explain_is_wide(scan, reference, expected):
@@ -115,11 +148,13 @@ def test_a_mean_that_the_model_does_not_explain_is_wide(scan, reference, expecte
     assert np.all(np.median(ratios, axis=0) > 1.25)
 
 
-def test_regions_may_share_voxels_and_be_many(scan, reference, expected):
+def test_a_region_among_many_is_as_alone(scan, reference, expected):
+    """Regions may share voxels; those of more than one block of the reference are described block by block."""
     means, scene = RegionMeans(reference), alike(scan, 3)
-    regions = [np.arange(N_VOXELS), np.arange(N_VOXELS), *np.arange(8)[:, None]]
-    info = followed(means, scene, expected, regions)
-    assert info.summary.map.shape == (10, 2)
-    assert np.array_equal(info.summary.map[0], info.summary.map[1])
-    assert np.all(np.isfinite(info.nrmse))
+    regions = [np.arange(N_VOXELS), *np.arange(20)[:, None], np.arange(10, 30)]
+    together = followed(means, scene, expected, regions)
+    for number in (0, 7, 21):
+        alone = followed(means, scene, expected, [regions[number]])
+        np.testing.assert_array_equal(together.summary.lower[number], alone.summary.lower[0])
+        np.testing.assert_array_equal(together.nrmse[number], alone.nrmse[0])
     means.close()

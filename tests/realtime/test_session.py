@@ -66,6 +66,19 @@ def played(scan: Scan, frames: list[Frame], compilations: list[str]) -> tuple[Se
     return one, decisions, len(compilations) - before
 
 
+def test_every_decision_says_what_the_means_say(played, scan):
+    """Three vials of one tissue each: at the end their means' intervals hold what is in them, and are narrower than their voxels'."""
+    truth = three_vials(scan)
+    for decision in played[1]:
+        assert all(region.mean_signal is not None for region in decision.regions)
+    for number, region in enumerate(played[1][-1].regions, 1):
+        assert region.mean_signal.n_independent == pytest.approx(max(1.0, scan.noise.effective_voxel_fraction * region.n_voxels))
+        for name, of_mean in region.mean_signal.parameters.items():
+            value = float(truth.values[name][number - 1])
+            assert of_mean.ci_lower < value < of_mean.ci_upper
+            assert of_mean.ci_halfwidth_relative < region.parameters[name].ci_halfwidth_relative
+
+
 def test_nothing_is_compiled_after_ready(played, compilations):
     assert compilations  # there is something to count
     assert played[2] == 0
@@ -234,3 +247,18 @@ def test_a_stop_waits_for_the_operator_where_the_scan_says_so(scan, frames):
         one.confirm_stop()
     after = play(one, frames[4:5])[0]
     assert (after.action, after.sequence_number) == ("stop", 5)
+
+
+def test_a_region_without_signal_is_said_and_its_mean_has_no_estimate(scan, frames):
+    phantom = three_vials(scan)
+    labels = phantom.labels.astype(float)
+    labels[0, 0, :2] = 4.0
+    dark = [Frame(np.where(labels == 4, 0.0, frame.pixels), frame.geometry, repetition=frame.repetition) for frame in frames]
+    region = Frame(labels, phantom.geometry, role="mask")
+    decisions = play(Session(Setup("test", scan, region=region, region_names=("a", "b", "c", "air"))), dark[:3])
+    assert any("Region 'air' holds no signal" in warning for warning in decisions[0].warnings)
+    mean = decisions[-1].regions[3].mean_signal
+    assert mean.nrmse is None
+    assert all(each.estimate is None and each.ci_lower is None for each in mean.parameters.values())
+    assert decisions[-1].regions[3].fraction_converged == 0
+    assert all(each.estimate is not None for each in decisions[-1].regions[0].mean_signal.parameters.values())
