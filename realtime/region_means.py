@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from scipy.special import ndtr, ndtri
 
 from scansteer.core import grid_posterior, likelihood
 from scansteer.core.code_generation import for_blocks_of_voxels
@@ -130,17 +132,32 @@ def _step(
 
 
 def _weighed(info: Info, evidence: Float[np.ndarray, " posterior"]) -> Info:
-    """Of every region the averages over the values of the discrepancy, by their evidence.
+    """Of every region what is said at each value of the discrepancy, averaged by the values' evidence; the intervals are the mixture's own.
 
-    The values' posteriors lie about the same place and differ in width. Averaged on the lattice instead, and then described, they are no
-    Student-t any more, and what is narrower than the lattice is lost: 70 % of the intervals held the truth where 95 % do.
+    Mixed on the lattice and then described, the values' posteriors are no Student-t any more, and what is narrower than the lattice is lost: 70 %
+    of the intervals held the truth where 95 % do.
     """
     by_region = evidence.reshape(-1, len(EXTRA))
     weights = np.exp(by_region - by_region.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
 
-    def average(leaf: np.ndarray) -> np.ndarray:
-        values = leaf.reshape(-1, len(EXTRA), *leaf.shape[1:])
-        return np.einsum("rl,rl...->r...", weights, values)
+    def of_values(leaf: np.ndarray) -> np.ndarray:
+        return leaf.reshape(-1, len(EXTRA), *leaf.shape[1:])
 
-    return jax.tree.map(average, info)
+    averaged = jax.tree.map(lambda leaf: np.einsum("rl,rl...->r...", weights, of_values(leaf)), info)
+    ends = of_values(info.summary.lower), of_values(info.summary.upper)
+    lower, upper = (_quantile(*ends, weights, share) for share in (0.025, 0.975))
+    return eqx.tree_at(lambda each: (each.summary.lower, each.summary.upper), averaged, (lower, upper))
+
+
+def _quantile(
+    lower: Float[np.ndarray, "region value 2"], upper: Float[np.ndarray, "region value 2"], weights: Float[np.ndarray, "region value"], share: float
+) -> Float[np.ndarray, "region 2"]:
+    """Of a mixture of normals whose 95 % intervals are given, by bisection between the outermost ends."""
+    centre, sd = 0.5 * (lower + upper), np.maximum((upper - lower) / (2 * ndtri(0.975)), 1e-30)
+    low, high = lower.min(axis=1), upper.max(axis=1)
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        is_below = np.einsum("rl,rlp->rp", weights, ndtr((middle[:, None] - centre) / sd)) < share
+        low, high = np.where(is_below, middle, low), np.where(is_below, high, middle)
+    return 0.5 * (low + high)
