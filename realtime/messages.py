@@ -68,7 +68,7 @@ class RegionReport(Message):
     fraction_moved: float = 0.0
     """Voxels that were found to hold other tissue than before; they do not count as converged."""
     mean_signal: MeanReport | None = None
-    """Of the region as a whole: narrower than its voxels' intervals by the noise that averages out, and by no more. Stops do not look at it."""
+    """Of the region as a whole: its noise averages out, what its voxels share does not. Stops do not look at it."""
 
 
 class Pulse(Message):

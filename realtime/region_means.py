@@ -28,8 +28,7 @@ from scansteer.realtime.reference import BLOCK, Linearised, Reference
 
 EXTRA = 0.001, 0.002, 0.004, 0.008
 """Standard deviations of the model's error beyond the scan's discrepancy [fraction of M0]. The two-pool model leaves 0.2 to 0.3 % of the
-vials of the published phantom. With 0 among them, as for a model without error, 87 instead of 89 % of the intervals of f held the truth
-after 30 images of the widest scan: next to so little noise nuisances to first order are an error too (`benchmarks/promises.py means`)."""
+vials of the published phantom."""
 
 
 class _Region(NamedTuple):
@@ -134,8 +133,7 @@ def _step(
 def _weighed(info: Info, evidence: Float[np.ndarray, " posterior"]) -> Info:
     """Of every region what is said at each value of the discrepancy, averaged by the values' evidence; the intervals are the mixture's own.
 
-    Mixed on the lattice and then described, the values' posteriors are no Student-t any more, and what is narrower than the lattice is lost: 70 %
-    of the intervals held the truth where 95 % do.
+    Mixed on the lattice and then described, the values' posteriors are no Student-t any more, and what is narrower than the lattice is lost.
     """
     by_region = evidence.reshape(-1, len(EXTRA))
     weights = np.exp(by_region - by_region.max(axis=1, keepdims=True))

@@ -299,8 +299,7 @@ class Session:
             AUXILIARIES[role]: auxiliaries[role].pixels.reshape(-1)[index] * to_scan_unit(role, self.scan.larmor_hz_per_ppm) for role in self._roles
         }
         brightness = frame.pixels.reshape(-1)[index]
-        warnings.extend(f"Region {region.name!r} holds no signal: its mean is {brightness[at].mean():g}; nothing can be known of it."
-                        for region, at in zip(regions, places, strict=True) if brightness[at].mean() <= 0)  # fmt: skip
+        warnings.extend(_without_signal(regions, [float(brightness[at].mean()) for at in places]))
         self._reference.begin(maps, brightness, places)
         self._means.begin(maps, places)
         self._screen.begin(len(index))
@@ -389,6 +388,15 @@ class Session:
         volume = np.full(self._voxels.geometry.shape, np.nan, np.float32)
         volume.reshape(-1)[self._voxels.index] = values
         return volume
+
+
+def _without_signal(regions: Sequence[Region], means: Sequence[float]) -> list[str]:
+    """A sentence on each region whose first image has no positive mean."""
+    return [
+        f"Region {region.name!r} holds no signal: its mean is {mean:g}; nothing can be known of it."
+        for region, mean in zip(regions, means, strict=True)
+        if mean <= 0
+    ]
 
 
 def _suggestion(advice: Advice) -> SuggestedPulse | None:

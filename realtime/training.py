@@ -170,7 +170,7 @@ def train(
     }
     if start is not None and not settings.n_steps:  # the weights are those of that run
         about = {key: start.about.get(key) for key in about}
-        about["settings"] = {**start.about["settings"], **{name: getattr(settings, name) for name in SIZE}}
+        about["settings"] = {**(about["settings"] or {}), **{name: getattr(settings, name) for name in SIZE}}
     calibrated = {key: getattr(settings, key) for key in ("seed", "n_widening_scans", "n_calibration_scans")}
     about |= {"versions": versions(), "calibrated": calibrated, "calibration": figures}
     trained = Trained(encoder, scan.name, physics_of(scan), simulator.mapped, about)
