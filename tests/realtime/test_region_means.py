@@ -119,7 +119,7 @@ def test_half_as_many_voxels_are_independent(scan, reference, expected):
 
 
 def test_narrow_means_do_not_depend_on_the_lattice():
-    """After a whole scan a mean's ridge is narrower than the lattice's steps. (Mixed before they are described, means move by two widths.)"""
+    """After a whole scan a mean's ridge is narrower than the lattice's steps. (Mixed before they are described, widths were off by up to half.)"""
     scan = PUBLISHED.model_copy(update={"matrix": None})
     drawn = world.from_priors(scan, 12, (13, 0))
     scene, found = replace(drawn, sigma=drawn.sigma / np.sqrt(160)), []
