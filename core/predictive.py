@@ -8,7 +8,7 @@ the built-in scans to 1e-4 of M0 (3e-4 for semisolids; rms). Coarser than the li
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -28,7 +28,10 @@ N_POINTS = 10
 
 
 class Star(NamedTuple):
-    """The nuisance nodes: node 0 is the centre, then the other nodes of each axis from lower to upper."""
+    """The nuisance nodes: node 0 is the centre, then the other nodes of each axis from lower to upper.
+
+    For each of `nuisance.products`, of an axis of the chain and one of the tissue, two more: both at their lowest node, and both at their highest.
+    """
 
     axes: tuple[Axis, ...]
     """Chain axes first, as everywhere."""
@@ -72,14 +75,19 @@ def star(chain_axes: Sequence[Axis], tissue_axes: Sequence[Axis], at_most: int =
     n_chain, n_tissue = len(chain_values), len(tissue_values)
     of_chain = np.concatenate([np.arange(n_chain), np.zeros(n_tissue - 1, int)])
     of_tissue = np.concatenate([np.zeros(n_chain, int), np.arange(1, n_tissue)])
-    return Star((*chain, *tissue), chain_values, tissue_values, (of_chain, of_tissue))
+    axes = (*chain, *tissue)
+    pairs = nuisance.products(axes, ())
+    of_chain = np.append(of_chain, [_ends(chain, i) for i, _ in pairs]).astype(int)
+    of_tissue = np.append(of_tissue, [_ends(tissue, j - len(chain)) for _, j in pairs]).astype(int)
+    return Star(axes, chain_values, tissue_values, (of_chain, of_tissue))
 
 
 def columns(star: Star, maps: Mapping[str, Measured]) -> Float[np.ndarray, "mixture column node"]:
     """The linear maps from signals at the star's nodes to the likelihood's columns, in the order of `nuisance.columns`."""
     rows = [nuisance.columns((axis,), {name: known for name, known in maps.items() if name == axis.name}) for axis in star.axes]
     choices = product(*(range(len(each)) for each in rows))
-    return np.stack([_star_columns(star, [rows[j][number] for j, number in enumerate(choice)]) for choice in choices])
+    pairs = nuisance.products(star.axes, maps)
+    return np.stack([_star_columns(star, [rows[j][number] for j, number in enumerate(choice)], pairs) for choice in choices])
 
 
 def response(read: spin.ReadoutMap, block: spin.LongitudinalMap, tissue: Int[Array, " node"]) -> Responses:
@@ -137,6 +145,12 @@ def at_draws(
     return (interpolation @ flat.T).reshape(*rows[0].shape[:2], *signals.shape[:2])
 
 
+def _ends(axes: Sequence[Axis], number: int) -> tuple[int, int]:
+    """The lowest and the highest node of an axis among the star's."""
+    first = 1 + sum(axis.n_nodes - 1 for axis in axes[:number])
+    return first, first + axes[number].n_nodes - 2
+
+
 def _star_values(axes: Sequence[Axis]) -> np.ndarray:
     """Values of all axes: at the centre, then axis by axis at the nodes beside it."""
     values = [axis.node_values() for axis in axes]
@@ -148,18 +162,43 @@ def _star_values(axes: Sequence[Axis]) -> np.ndarray:
     return np.stack(rows)
 
 
-def _star_columns(star: Star, rows: Sequence[np.ndarray]) -> np.ndarray:
-    """From each axis's rows (value, slope) over its own nodes: values add up about the centre, slopes stand as they are."""
-    mean = np.zeros(star.n_nodes)
-    mean[0] = 1.0
-    made, first = [], 1
-    for own in rows:
-        n = own.shape[1]
-        spread = np.zeros((len(own), star.n_nodes))
-        spread[:, 0] = own[:, n // 2]
-        spread[:, first : first + n - 1] = np.delete(own, n // 2, axis=1)
-        first += n - 1
-        mean += spread[0]
-        mean[0] -= 1.0
-        made.extend(spread[1:])
-    return np.stack([mean, *made])
+def _star_columns(star: Star, rows: Sequence[np.ndarray], pairs: Collection[tuple[int, int]]) -> np.ndarray:
+    """From each axis's rows (value, slope, ..) over its own nodes: values add up about the centre, slopes stand as they are; then the products."""
+    spread = [_over_star(star, number, own) for number, own in enumerate(rows)]
+    mean = sum((own[0] for own in spread), np.zeros(star.n_nodes))
+    mean[0] += 1.0 - len(spread)
+    both = []
+    for number, (i, j) in enumerate(nuisance.products(star.axes, ())):
+        if (i, j) not in pairs:
+            continue
+        mixed = _mixed_derivative(star, i, j, number)
+        (at, along), (at_other, along_other) = (rows[axis][:2] @ _node_coordinates(star.axes[axis]) for axis in (i, j))
+        mean += mixed * at * at_other
+        spread[i][1] += mixed * along * at_other
+        spread[j][1] += mixed * at * along_other
+        both.append(mixed * along * along_other)
+    return np.stack([mean, *(row for own in spread for row in own[1:]), *both])
+
+
+def _over_star(star: Star, number: int, rows: np.ndarray) -> np.ndarray:
+    """Rows over one axis's own nodes, over those of the star."""
+    first, last = _ends(star.axes, number)
+    n = rows.shape[1]
+    spread = np.zeros((len(rows), star.n_nodes))
+    spread[:, 0] = rows[:, n // 2]
+    spread[:, first : last + 1] = np.delete(rows, n // 2, axis=1)
+    return spread
+
+
+def _mixed_derivative(star: Star, i: int, j: int, number: int) -> np.ndarray:
+    """Weights of the nodes for the derivative by the coordinates of two axes whose product is the `number`-th that counts."""
+    own = star.n_nodes - 2 * (len(nuisance.products(star.axes, ())) - number)
+    weights = np.zeros(star.n_nodes)
+    weights[0] = 2.0
+    weights[[*_ends(star.axes, i), *_ends(star.axes, j)]] = -1.0
+    weights[[own, own + 1]] = 1.0
+    return weights / (2 * _node_coordinates(star.axes[i])[-1] * _node_coordinates(star.axes[j])[-1])
+
+
+def _node_coordinates(axis: Axis) -> np.ndarray:
+    return axis.coordinate(axis.node_values())

@@ -41,3 +41,6 @@ class Tissue(eqx.Module):
     """Shift of every pool's resonance [Hz]: a pulse played at offset x is seen at x - b0_hz from water."""
     b1: Float[Array, "..."]
     """True over nominal RF amplitude."""
+    dephases: bool = eqx.field(static=True, default=False)
+    """B0 differs so much within a cell (a voxel) that under a long pulse water's precession about the effective field averages out: see
+    `core.signal`."""

@@ -92,8 +92,11 @@ def _sum_over_poles(x: Scaled) -> list[Array]:
     return lax.scan(add, [jnp.zeros_like(x.w1)] * 6, (jnp.asarray(rational.POLES), jnp.asarray(rational.WEIGHTS)))[0]
 
 
-def _pair(x: Scaled) -> tuple[list[Array], Array]:
-    """What the pair near (-R2rho +- i effective field) adds to the same six numbers, and an estimate of the error of it."""
+def _pair(x: Scaled, dephases: bool) -> tuple[list[Array], Array]:
+    """What the pair near (-R2rho +- i effective field) adds to the same six numbers, and an estimate of the error of it.
+
+    Where it dephases it contributes nothing: what the sum over poles holds of it is taken away.
+    """
     field = _field(x)
     silent = x.w1 < 1e-6 * field  # the pair has no residue, and its equation no simple root
     x = x._replace(w1=jnp.where(silent, 1e-6 * field, x.w1))
@@ -108,7 +111,8 @@ def _pair(x: Scaled) -> tuple[list[Array], Array]:
     inverse_slope = inverse_slope_near + (inverse_slope_near - inverse_slope) * ratio  # at the root, to first order
     value = lax.complex(jnp.minimum(value.real, 0.0), value.imag)  # gone astray: no overflow, even if not trusted
     # far out the sum over poles is nothing and all of the pair is lacking
-    lacking = lax.cond(jnp.min(field) > rational.OUT_OF_REACH, jnp.exp, rational.remainder, value) * inverse_slope
+    near, far = (lambda at: rational.remainder(at) - jnp.exp(at), jnp.zeros_like) if dephases else (rational.remainder, jnp.exp)
+    lacking = lax.cond(jnp.min(field) > rational.OUT_OF_REACH, far, near, value) * inverse_slope
     # without RF the entries vanish at the root: there, not a step beside it, they are wanted
     entries = [jnp.where(silent, 0.0, (entry - step * slope) * lacking) for entry, slope in zip(entries, slopes, strict=True)]
     apart = jnp.minimum(field, jnp.hypot(x.r2_pool - x.r2_water, jnp.abs(x.offset_pool) - field))
@@ -142,7 +146,7 @@ def applies(x: Scaled) -> Bool[Array, "*cell"]:
     return pool_decays & (field > rational.FAR)
 
 
-def longitudinal(x: Scaled, sources: tuple[Array, Array]) -> tuple[Affine, Array]:
+def longitudinal(x: Scaled, sources: tuple[Array, Array], dephases: bool = False) -> tuple[Affine, Array]:
     """The map of Mz of water and pool, and whether to trust it.
 
     Parameters
@@ -151,12 +155,14 @@ def longitudinal(x: Scaled, sources: tuple[Array, Array]) -> tuple[Affine, Array
         Shape (cell,).
     sources
         1/T1 and f/T1 of the pool, times the duration.
+    dephases
+        Leave out water's precession about its effective field.
     """
     total = _sum_over_poles(x)
     field = _field(x)
     slowest = jnp.max(_slowest(x, (x.w1 / field) ** 2))
     nothing = lambda x: ([jnp.zeros_like(x.w1)] * 6, jnp.zeros_like(x.w1))  # noqa: E731
-    pair, error = lax.cond(jnp.exp(slowest) > NEGLIGIBLE, _pair, nothing, x)
+    pair, error = lax.cond(jnp.exp(slowest) > NEGLIGIBLE, lambda x: _pair(x, dephases), nothing, x)
     ww, mixed, pp, ww_time, mixed_time, pp_time = (one + other for one, other in zip(total, pair, strict=True))
     out, back = x.exchange * x.fraction, x.exchange
     matrix = jnp.stack([jnp.stack([ww, back * mixed]), jnp.stack([out * mixed, pp])])

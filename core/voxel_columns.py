@@ -62,6 +62,8 @@ def make(axes: Sequence[Axis], mapped: Sequence[str], offset: tuple[float, float
         row.extend(range(following, following + axis.n_coefficients))
         kind.extend([0] * axis.n_coefficients)
         following += axis.n_coefficients
+    row.extend(range(following, len(shared)))  # products
+    kind.extend([0] * (len(shared) - following))
     return Columns(whole, known, shared, tuple(row), tuple(kind), offset)
 
 

@@ -61,7 +61,7 @@ def simulated(scan: Scan, chain: Nodes, tissue: Nodes, n_points: int = lattice.N
     axes, nodes = tissue
     values |= {axis.name: nodes[:, j, None] for j, axis in enumerate(axes)}
     shape = (len(nodes), grid[0].size)
-    described = tissue_model.tissue(scan, {name: jnp.asarray(np.broadcast_to(value, shape)) for name, value in values.items()})
+    described = tissue_model.tissue(scan, {name: jnp.asarray(np.broadcast_to(value, shape)) for name, value in values.items()}, voxels=True)
     axes, nodes = chain
     at = {axis.name: nodes[:, j] for j, axis in enumerate(axes)}
     carry, mz = scan.readout.carry_over, scan.first_state.mz
@@ -87,9 +87,9 @@ def chain_axes(scan: Scan) -> tuple[Axis, ...]:
     """Nuisances of the chain of images: what a readout leaves (polynomial of low degree), and the first state (exactly linear)."""
     axes = []
     if isinstance(scan.readout.carry_over, Range) and scan.readout.carry_over.upper > scan.readout.carry_over.lower:
-        axes.append(Axis("carry_over", scan.readout.carry_over.lower, scan.readout.carry_over.upper, n_nodes=3))
+        axes.append(Axis("carry_over", scan.readout.carry_over.lower, scan.readout.carry_over.upper, n_nodes=3, times="t1_s"))
     if isinstance(scan.first_state.mz, Range) and scan.first_state.mz.upper > scan.first_state.mz.lower:
-        axes.append(Axis("first_mz", scan.first_state.mz.lower, scan.first_state.mz.upper, n_nodes=2))
+        axes.append(Axis("first_mz", scan.first_state.mz.lower, scan.first_state.mz.upper, n_nodes=2, times="t1_s"))
     return tuple(axes)
 
 

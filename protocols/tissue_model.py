@@ -27,7 +27,7 @@ def pool_t2_name(pool: description.Pool) -> str:
     return f"{pool.name}_t2_s"
 
 
-def tissue(scan: Scan, values: Mapping[str, Float[Array, "..."]]) -> core_tissue.Tissue:
+def tissue(scan: Scan, values: Mapping[str, Float[Array, "..."]], *, voxels: bool = False) -> core_tissue.Tissue:
     """The scan's tissue with the given values.
 
     Parameters
@@ -35,6 +35,8 @@ def tissue(scan: Scan, values: Mapping[str, Float[Array, "..."]]) -> core_tissue
     values
         By name: the scan's parameters and auxiliaries (t1_s, t2_s, b0_ppm, b1_relative, fss, kssw; units in the names), and
         "<pool>_t2_s" for the T2 of a pool. Shapes (*cell,), or broadcasting. What is missing is the centre of its range.
+    voxels
+        Cells are voxels, in which precession dephases (`core.signal`), and not spins.
     """
 
     def value(name: str):
@@ -59,7 +61,7 @@ def tissue(scan: Scan, values: Mapping[str, Float[Array, "..."]]) -> core_tissue
         )
         for pool in scan.pools
     )
-    return core_tissue.Tissue(t1=t1, t2=value("t2_s"), pools=pools, b0_hz=value("b0_ppm") * hz, b1=value("b1_relative"))
+    return core_tissue.Tissue(t1=t1, t2=value("t2_s"), pools=pools, b0_hz=value("b0_ppm") * hz, b1=value("b1_relative"), dephases=voxels)
 
 
 def saturation(scan: Scan, block: SaturationBlock) -> core_saturation.Saturation:

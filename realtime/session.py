@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scansteer.core import lack_of_fit, noise, stopping
+from scansteer.core import lack_of_fit, noise, nuisance, stopping
 from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info
 from scansteer.protocols import forward
@@ -415,7 +415,7 @@ def n_shared(scan: Scan, mapped: Sequence[str]) -> int:
     """Nuisances that are not measured voxel by voxel."""
     axes = (*forward.chain_axes(scan), *forward.tissue_axes(scan))
     lower, upper = bounds(scan.readout.offset)
-    return sum(axis.n_coefficients for axis in axes if axis.name not in mapped) + (upper > lower)
+    return sum(name not in mapped for name in nuisance.coefficients(axes, mapped)) + (upper > lower)
 
 
 def _misfit(fit: lack_of_fit.Check, refused_at: int | None) -> str | None:

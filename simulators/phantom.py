@@ -97,7 +97,7 @@ class Magnet:
         self._scan = scan
         self._seed = seed
         self._train = tissue_model.train(scan)
-        self._tissue = tissue_model.tissue(scan, {name: jnp.asarray(value) for name, value in phantom.values.items()})
+        self._tissue = tissue_model.tissue(scan, {name: jnp.asarray(value) for name, value in phantom.values.items()}, voxels=True)
         self._reading = _reading(self._tissue, tissue_model.readout(scan))
         self._offset = tissue_model.centre(scan.readout.offset)
         self._mz = signal.equilibrium(self._tissue) * tissue_model.centre(scan.first_state.mz)

@@ -69,7 +69,7 @@ class Scanner:
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
-        self._tissue = tissue_model.tissue(scene.true, {name: jnp.asarray(value) for name, value in scene.values.items()})
+        self._tissue = tissue_model.tissue(scene.true, {name: jnp.asarray(value) for name, value in scene.values.items()}, voxels=True)
         self._reading = _READING(self._tissue, tissue_model.readout(scene.true, scene.carry_over))
         self._train = tissue_model.train(scene.true)
         self._mz = signal.equilibrium(self._tissue) * scene.first_mz

@@ -96,3 +96,38 @@ def test_the_star_of_nodes_gives_the_same_columns_as_the_tensor_grid():
     on_star = signal(*star.tissue.T)[star.place[1]]
     on_grid = signal(*nuisance.tensor_nodes(axes).T)
     np.testing.assert_allclose(predictive.columns(star, {}) @ on_star, nuisance.columns(axes, {}) @ on_grid, atol=1e-9)
+
+
+CARRY = Axis("carry_over", -0.7, 0.1, n_nodes=3, times="t1_s")
+
+
+def test_the_product_of_two_unmeasured_nuisances_is_one_more_coefficient():
+    axes = [CARRY, T1._replace(curved=True)]
+    assert nuisance.coefficients(axes, []) == ["carry_over", "t1_s", "t1_s squared", "carry_over times t1_s"]
+    rng = np.random.default_rng(0)
+    carry, t1 = rng.uniform(-0.7, 0.1, 100_000), rng.uniform(1.0, 3.0, 100_000)
+    rows = nuisance.columns(axes, {})[0] @ at_nodes(axes, lambda c, t: (c + 0.3) * np.polyval([0.3, 1.0], t - 2.0))
+    np.testing.assert_allclose(rows[4], SPREAD**2 * np.std((carry + 0.3) * 0.3 * (t1 - 2.0)), rtol=0.02)
+    np.testing.assert_allclose(rows[1], SPREAD * np.std(carry + 0.3), rtol=0.01)
+
+
+@pytest.mark.parametrize("mapped", ["carry_over", "t1_s"])
+def test_a_product_needs_both_unmeasured_and_a_curved_partner(mapped):
+    assert nuisance.products([CARRY, T1._replace(curved=True)], [mapped]) == []
+    assert nuisance.products([CARRY, T1], []) == []
+
+
+def test_the_star_of_nodes_follows_products_as_the_tensor_grid_does():
+    chain = (CARRY, Axis("first_mz", 0.4, 1.0, n_nodes=3, times="t1_s"))
+    tissue = (B1, T1._replace(curved=True))
+
+    def signal(carry, mz, b1, t1):
+        return (1 + carry + 2 * mz) * (np.log(t1) + 0.7) + b1
+
+    star = predictive.star(chain, tissue)
+    chain_at, tissue_at = star.place
+    on_star = signal(*star.chain[chain_at].T, *star.tissue[tissue_at].T)
+    on_grid = signal(*nuisance.tensor_nodes((*chain, *tissue)).T)
+    np.testing.assert_allclose(predictive.columns(star, {}) @ on_star, nuisance.columns((*chain, *tissue), {}) @ on_grid, atol=1e-9)
+    known = {"t1_s": Measured(1.4, 0.1)}
+    assert len(predictive.columns(star, known)[0]) == len(nuisance.columns((*chain, *tissue), known)[0])

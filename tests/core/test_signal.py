@@ -235,3 +235,43 @@ def test_z_only_semisolid_nearly_equals_its_x_y_z_twin():
         saturation_map(make_tissue(lineshape=kind, t2=4e-5), block, train=Train()).shift for kind in ("bloch", "lorentzian")
     )
     np.testing.assert_allclose(twin[0], z_only[0], atol=3e-3)
+
+
+def voxel(t2_water, b0_hz=0.0, second_pool=False, dephases=True):
+    """Water of long T2 beside a solute; a second pool without protons keeps the closed form away."""
+    one = lambda value: np.broadcast_to(np.asarray(value, float), np.shape(b0_hz))  # noqa: E731
+    pools = [Pool(one(1e-3), one(400.0), one(2.8), one(0.04), one(1200.0))]
+    pools += [Pool(one(0.0), one(100.0), one(2.8), one(0.04), one(-700.0))] if second_pool else []
+    return Tissue(one(2.5), one(t2_water), tuple(pools), one(b0_hz), one(1.0), dephases=dephases)
+
+
+@pytest.mark.parametrize("second_pool", [False, True])
+@pytest.mark.parametrize(("b1_ut", "t_sat"), [(4.3, 0.5), (4.3, 1.2), (6.0, 3.0)])
+def test_a_voxel_reads_the_mean_of_its_spins(second_pool, b1_ut, t_sat):
+    """Spins over 6 Hz of B0 under a smooth window, beside a voxel that dephases."""
+    block = make_saturation(b1_ut, t_sat=t_sat, t_rec=0.0)
+    shares = np.hanning(403)[1:-1] / np.hanning(403).sum()
+    spins = voxel(1.4, np.linspace(-3, 3, 401), dephases=False)
+    coherent = saturation_map(spins, block, train=Train())(signal.equilibrium(spins))[0]
+    voxels = voxel(1.4, np.zeros(1), second_pool)
+    found = saturation_map(voxels, block, train=Train())(signal.equilibrium(voxels))[0, 0]
+    assert np.ptp(coherent) > 1e-3
+    np.testing.assert_allclose(found, shares @ coherent, atol=3e-5)
+
+
+def test_where_t2_damps_every_turn_a_voxel_is_a_spin():
+    block = make_saturation(4.3, t_sat=1.2, t_rec=0.0)
+    both = (voxel(0.05, np.linspace(-30, 30, 5), dephases=dephases) for dephases in (True, False))
+    ours, theirs = (saturation_map(each, block, train=Train()).matrix for each in both)
+    np.testing.assert_allclose(ours, theirs, atol=1e-7)
+
+
+@pytest.mark.parametrize("offset_hz", [0.0, 20.0, 300.0, 1200.0])
+def test_a_voxel_is_smooth_in_b0_at_every_offset(offset_hz):
+    """Whatever branch is taken: closed form, mean over a turn, or neither."""
+    block = make_saturation(2.0, offset_hz=offset_hz, t_sat=0.5, t_rec=0.0)
+    voxels = voxel(0.3, np.linspace(-1, 1, 41))
+    read = np.asarray(saturation_map(voxels, block, train=Train())(signal.equilibrium(voxels))[0])
+    assert np.isfinite(read).all()
+    if offset_hz >= 300.0:
+        assert np.std(read - np.polyval(np.polyfit(np.arange(41), read, 2), np.arange(41))) < 1e-5
