@@ -25,12 +25,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scansteer.core import lattice, predictive
 from scansteer.core.lattice import Box
+from scansteer.core.nuisance import END_OF_RANGE
 from scansteer.core.whitening import log_determinant, whiten
 
 N_DRAWS = 16
 NARROW = 1.5
 """A posterior whose smaller principal standard deviation is less than this [lattice steps] is linearised: draws on the lattice would
 blur what is known best, and pulses would be chosen that measure it once more."""
+
+UNREAD = 0.8
+"""Share of a nuisance's prior variance: of what images leave more of, they do not tell where it lies."""
 
 
 class Draws(NamedTuple):
@@ -89,6 +93,9 @@ class Answer(eqx.Module):
     """Of the schedule's next image."""
     remaining: Float[Array, ""]
     """Of the rest of the schedule together: what stopping would forgo."""
+    beyond: Float[Array, " nuisance"]
+    """Not a gain: how far beyond its range the images so far put each nuisance, in standard deviations of what they tell of it; median over the
+    voxels asked. Negative: not beyond. Of use where `nuisance.readable`."""
 
 
 class Quota(NamedTuple):
@@ -167,7 +174,8 @@ def answer(
     counts
         1 for images of the schedule's rest, 0 for what merely fills the array.
     """
-    given = jax.lax.optimization_barrier(condition(question))
+    fit = fitted(question)
+    given = jax.lax.optimization_barrier(condition(question, fit))
     draws = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (question.draw_weights, question.contrast))
     importance, counts = question.importance.astype(jnp.float32), counts.astype(jnp.float32)
     read_rest = _read_few(rest, given)
@@ -175,11 +183,27 @@ def answer(
         importance @ gain(_read(candidates, given), given, *draws),
         importance @ gain((read_rest[0][..., :1], [each[..., :1] for each in read_rest[1]]), given, *draws)[:, 0] * counts[0],
         importance @ joint_gain(read_rest, counts, given, *draws),
+        jnp.nanmedian(jnp.where(question.importance[:, None] > 0, _beyond(question, fit), jnp.nan), axis=0),
     )
 
 
-def condition(question: Question) -> Conditional:
-    """Fit amplitude and nuisances at every draw from the running sums there; mixture components by their evidence."""
+class Fitted(eqx.Module):
+    """Amplitude, and amplitude times nuisances, at every draw of each voxel: least squares with the nuisances' prior; float64."""
+
+    whitener: Float[Array, "voxel draw mixture column column"]
+    """W with W A W' = 1, A the gram matrix with its ridge: their covariance is s^2 W' W."""
+    projected: Float[Array, "voxel draw mixture column"]
+    """W times the projection: they are W' of this."""
+    implied: Float[Array, "voxel draw mixture"]
+    """Square of the amplitude that a cell implies by itself."""
+    variance: Float[Array, "voxel draw mixture"]
+    """s^2 [pixel^2]."""
+    centring: Float[Array, "voxel column column"]
+    """From columns F, X to F + X shift, X."""
+
+
+def fitted(question: Question) -> Fitted:
+    """From the running sums at the draws."""
     n_columns = question.gram.shape[-1]
     centring = jnp.eye(n_columns) + jnp.pad(question.shift[:, :, None], ((0, 0), (1, 0), (0, n_columns - 1)))  # F + X shift, X
     gram = jnp.einsum("vic,vkmij,vjd->vkmcd", centring, question.gram, centring)
@@ -189,23 +213,50 @@ def condition(question: Question) -> Conditional:
     is_nuisance = jnp.arange(n_columns) > 0
     ridge = variance / implied
     added = jnp.where(is_nuisance, ridge[..., None], 1e-9 * gram[..., 0, 0][..., None])
-    inverse = whiten(gram + added[..., None] * jnp.eye(n_columns))
-    fitted = jnp.einsum("vkmec,vkmc->vkme", inverse, projection)
-    share = jax.nn.softmax(_log_evidence(question, fitted, inverse, implied, variance), axis=-1)
-    to_nodes = jnp.einsum("vic,vmin->vmnc", centring, question.weights)
-    root = jnp.einsum("vmnc,vkmec->vkmne", to_nodes, inverse)
-    return _mixed(share, jnp.einsum("vkmne,vkme->vkmn", root, fitted), root, variance)
+    whitener = whiten(gram + added[..., None] * jnp.eye(n_columns))
+    return Fitted(whitener, jnp.einsum("vkmec,vkmc->vkme", whitener, projection), implied, variance, centring)
 
 
-def _log_evidence(question: Question, fitted: Array, whitener: Array, implied: Array, variance: Array) -> Float[Array, "voxel draw mixture"]:
-    """As `likelihood.fit` has it."""
-    n_nuisances = whitener.shape[-1] - 1
-    residual = jnp.maximum(question.energy[:, None, None] - jnp.sum(fitted**2, axis=-1), 0.0)
-    occam = log_determinant(whitener) + jnp.log(implied)
-    occam = occam - n_nuisances * jnp.log(variance / implied)
-    excess = jnp.log1p(residual / (question.dof * variance))
+def condition(question: Question, fit: Fitted | None = None) -> Conditional:
+    """What the images so far say of amplitude and nuisances; mixture components by their evidence."""
+    fit = fitted(question) if fit is None else fit
+    to_nodes = jnp.einsum("vic,vmin->vmnc", fit.centring, question.weights)
+    root = jnp.einsum("vmnc,vkmec->vkmne", to_nodes, fit.whitener)
+    return _mixed(_share(question, fit), jnp.einsum("vkmne,vkme->vkmn", root, fit.projected), root, fit.variance)
+
+
+def _share(question: Question, fit: Fitted) -> Float[Array, "voxel draw mixture"]:
+    """The evidence of each component, as `likelihood.fit` has it; sums to 1."""
+    n_nuisances = fit.whitener.shape[-1] - 1
+    residual = jnp.maximum(question.energy[:, None, None] - jnp.sum(fit.projected**2, axis=-1), 0.0)
+    occam = log_determinant(fit.whitener) + jnp.log(fit.implied)
+    occam = occam - n_nuisances * jnp.log(fit.variance / fit.implied)
+    excess = jnp.log1p(residual / (question.dof * fit.variance))
     n = question.n_images - 1
-    return -0.5 * occam - 0.5 * n * jnp.log(variance) - 0.5 * (question.dof + n) * excess
+    return jax.nn.softmax(-0.5 * occam - 0.5 * n * jnp.log(fit.variance) - 0.5 * (question.dof + n) * excess, axis=-1)
+
+
+def _beyond(question: Question, fit: Fitted) -> Float[Array, "voxel nuisance"]:
+    """As in `Answer`.
+
+    The posterior of a coefficient (mean m, variance V, over all draws) is its prior N(0, 1) times what the images tell of it, which puts it at
+    m / (1 - V) with variance V / (1 - V). Images that leave more than `UNREAD` of the prior's variance tell too little.
+    """
+    joint = jnp.einsum("vkmec,vkme->vkmc", fit.whitener, fit.projected)
+    covariance = fit.variance[..., None, None] * jnp.einsum("vkmei,vkmej->vkmij", fit.whitener, fit.whitener)
+    amplitude, scaled = joint[..., :1], joint[..., 1:]
+    coefficient = scaled / amplitude
+    own = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    spread = (own[..., 1:] - 2 * coefficient * covariance[..., 0, 1:] + coefficient**2 * own[..., :1]) / amplitude**2
+    share = _share(question, fit)[..., None]
+    centre = jnp.sum(share * coefficient, axis=2)
+    within = jnp.sum(share * (spread + (coefficient - centre[:, :, None]) ** 2), axis=2)
+    mean = jnp.einsum("vk,vkc->vc", question.draw_weights, centre)
+    variance = jnp.einsum("vk,vkc->vc", question.draw_weights, within)
+    variance = variance + jnp.sum(jnp.einsum("vhk,vkc->vhc", question.contrast, centre) ** 2, axis=1)
+    told = jnp.maximum(1 - variance, 1 - UNREAD)
+    overrun = (jnp.abs(mean / told) - END_OF_RANGE) / jnp.sqrt(variance / told)
+    return jnp.where(variance < UNREAD, overrun, -jnp.inf)
 
 
 def _mixed(share: Array, mean: Array, root: Array, variance: Array) -> Conditional:

@@ -1,9 +1,11 @@
-"""Does the model describe these images at all? Judged against noise that does not come from the fit (`core.noise`), in two ways.
+"""Does the model describe these images at all? Judged against noise that does not come from the fit (`core.noise`), in three ways.
 
 Before an image is absorbed: is it what was predicted (`core.prediction`)? If the model holds, an image's surprise is 1 on average, and
 the sum over images at most as scattered as a chi-squared with one degree of freedom per image, which is the case where all voxels err
 together. After: is what the fit leaves no more than noise and the allowed discrepancy? Averaged over voxels noise leaves little doubt; an
-error that all voxels share (discrepancy, unmeasured nuisances) is a single draw however many voxels there are, and is judged as one.
+error that all voxels share (discrepancy, unmeasured nuisances) is a single draw however many voxels there are, and is judged as one. And once
+the targets are met: do the images put what was not measured within the ranges that the scan states? Parameters that were sought with B0 held to too
+narrow a range are as narrow, and wrong.
 
 A refusal holds: a posterior that has absorbed images it cannot explain stays where they have put it, and images that agree with it later only
 hide that. (Of simulated scans with a wrong first state that stopped around a wrong value three in four had been refused before.)
@@ -11,6 +13,7 @@ hide that. (Of simulated scans with a wrong first state that stopped around a wr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +21,8 @@ from jaxtyping import Bool, Float
 
 N_FITTED = 3
 """Amplitude, fraction and rate are fitted in every voxel."""
+FARTHEST_BEYOND = 2.0
+"""Standard deviations by which the images may put a nuisance beyond its range."""
 LARGEST_RATIO = 1.5
 """Variance that a region's noise may leave over what is expected of it. Over hundreds of voxels the ratio of a model that holds stays within a
 few per cent of 1."""
@@ -33,6 +38,8 @@ class Record(NamedTuple):
     n_predicted: int
     refused_at: int | None = None
     """Number of images at which the model was first found not to fit."""
+    outside: str | None = None
+    """What lay beyond its range then."""
 
 
 class Check(NamedTuple):
@@ -42,6 +49,8 @@ class Check(NamedTuple):
     """At this image and at all before it."""
     prediction: float | None = None
     """Mean surprise of the images so far: 1 if the model holds; none before the first prediction."""
+    outside: str | None = None
+    """What was not measured, and lies beyond the range that the scan states."""
 
 
 def init() -> Record:
@@ -55,7 +64,7 @@ def update(record: Record, surprise: float) -> Record:
 
 def judged(record: Record, found: Check, n_images: int) -> Record:
     """Remember a refusal."""
-    return record if found.passed or record.refused_at is not None else record._replace(refused_at=n_images)
+    return record if found.passed or record.refused_at is not None else record._replace(refused_at=n_images, outside=found.outside)
 
 
 def check(
@@ -97,6 +106,14 @@ def check(
     statistic = float(np.median(residual / expected) / left)
     bound = _bound(left, min(n_shared, left), float(np.median(1 - sigma**2 / expected)), independent * len(residual))
     return Check(statistic, so_far and statistic <= bound, foretold)
+
+
+def within_ranges(found: Check, beyond: Mapping[str, float]) -> Check:
+    """Fails as well where a nuisance lies beyond its range, by so many standard deviations; see `design.Answer`."""
+    farthest = max(beyond, key=beyond.__getitem__, default=None)
+    if farthest is None or beyond[farthest] <= FARTHEST_BEYOND:
+        return found
+    return found._replace(passed=False, outside=farthest)
 
 
 def unexplained(

@@ -29,6 +29,9 @@ SPREAD = 1.15
 """Factor on the standard deviation of what is not measured. Of 1 536 voxels drawn from the wide phantom's priors the 95 % region holds 93.1, 91.7,
 90.8 and 91.9 % at 3, 5, 8 and 12 images with a factor of 1, and 95.5, 94.8, 94.1 and 94.0 % with this one (`benchmarks/promises.py priors`)."""
 
+END_OF_RANGE = 3**0.5 / SPREAD
+"""Coefficient of what lies at an end of its range."""
+
 
 class Axis(NamedTuple):
     """One nuisance: its range, the nodes that interpolate it, and how it is marginalised when it is unmeasured."""
@@ -103,6 +106,14 @@ def products(axes: Sequence[Axis], mapped: Collection[str]) -> list[tuple[int, i
     """Pairs of axes whose product counts."""
     places = {axis.name: j for j, axis in enumerate(axes) if axis.curved and axis.name not in mapped}
     return [(i, places[axis.times]) for i, axis in enumerate(axes) if axis.times in places and axis.name not in mapped]
+
+
+def readable(axes: Sequence[Axis], mapped: Collection[str]) -> list[str]:
+    """Unmeasured nuisances on which signals depend so evenly that their coefficient tells where in its range each lies, and whether beyond.
+
+    The offset is one; relaxation times over more than an octave are not.
+    """
+    return [*(axis.name for axis in axes if axis.name not in mapped and not (axis.logarithmic and axis.curved)), "offset"]
 
 
 def with_offset(columns: Float[np.ndarray, "mixture column node"], centre: float, sd: float) -> Float[np.ndarray, "mixture column_ node_"]:

@@ -55,6 +55,8 @@ class Advice(NamedTuple):
     """Of the schedule's next block; 0 at its end."""
     remaining_gain: float
     """Of the rest of the schedule together, at most `MOST_AHEAD` images: what stopping now would forgo."""
+    beyond: Float[np.ndarray, " nuisance"]
+    """As in `design.Answer`."""
 
 
 class Course(NamedTuple):
@@ -208,19 +210,19 @@ class Prospect:
             The targets are met and only the least number of images or confirmations are missing: what the model says of itself is known well enough,
             and the next image had better test it (`probe`; no gain is promised).
         """
+        advice = Advice(None, 0.0, float(answer.scheduled), float(answer.remaining), np.asarray(answer.beyond, float))
         if is_enough and (block := self.probe(course)) is not None:
-            return Advice(block, 0.0, float(answer.scheduled), float(answer.remaining))
+            return advice._replace(block=block)
         gains = np.where(self.allowed(course), np.asarray(answer.candidates), -np.inf)
-        scheduled, remaining = float(answer.scheduled), float(answer.remaining)
         worth = gains / self.cost(self.candidates)
         if not np.isfinite(best := float(np.max(worth))):
-            return Advice(None, 0.0, scheduled, remaining)
+            return advice
         has_reference = any(block.b1_ut == 0 for block in course.blocks)
         tie = np.where((self.candidates.b1_ut == 0) & (not has_reference), TIE_REFERENCE, TIE)
         as_good = np.flatnonzero(worth >= (1 - tie) * best)
         energy = (self.candidates.b1_ut**2 * self.candidates.t_sat_s)[as_good]
         chosen = int(as_good[np.lexsort((-worth[as_good], energy))[0]])
-        return Advice(self.candidates.block(chosen), float(gains[chosen]), scheduled, remaining)
+        return advice._replace(block=self.candidates.block(chosen), gain=float(gains[chosen]))
 
     def _is_described(self) -> tuple[Bool[np.ndarray, " candidate"], Bool[np.ndarray, " probe"]]:
         """The likelihood takes nuisances to first order; what that leaves out must not exceed what it leaves out of the schedule.

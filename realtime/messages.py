@@ -88,13 +88,16 @@ class SuggestedPulse(Pulse):
 
 
 class LackOfFit(Message):
-    """Does the model describe the images: were they as predicted before they were absorbed, and is what the fit leaves no more than noise?"""
+    """Does the model describe the images: were they as predicted before they were absorbed, is what the fit leaves no more than noise, and does
+    what was not measured lie where the scan says?"""
 
     statistic: float | None
     """Residual variance over noise (and allowed discrepancy), median over voxels."""
     passed: bool
     prediction: float | None = None
     """Squared error of the predictions over what was expected of it, mean over the images so far: 1 if the model holds."""
+    outside: str | None = None
+    """What was not measured (`b0_ppm`, ..), and lies beyond the range that the scan states; looked for where the targets are met."""
 
 
 class Audit(Message):

@@ -91,6 +91,7 @@ class Reference:
         """Auxiliaries that come as maps."""
         lower, upper = bounds(scan.readout.offset)
         self._coefficients = [*nuisance.coefficients(self.model.axes, self.mapped), *(["offset"] if upper > lower else [])]
+        self._readable = frozenset(nuisance.readable(self.model.axes, self.mapped))
         self._n_mixture = math.prod(axis.n_slices for axis in self.model.axes if axis.name not in self.mapped)
         self._discrepancy = jnp.asarray(scan.noise.discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-posterior")
@@ -207,6 +208,10 @@ class Reference:
         begun = self._map_of(block, first=first and not self.scan.first_state.n_dummies)
         self._state, self.expected = jax.block_until_ready(self._play(self.model.forward, self._reading, self._state, begun))
         return self.expected
+
+    def told(self, beyond: Float[np.ndarray, " nuisance"]) -> dict[str, float]:
+        """How far beyond its range (`design.Answer`) each nuisance lies of which the images can tell."""
+        return {name: float(value) for name, value in zip(self._coefficients, beyond, strict=True) if name in self._readable}
 
     @property
     def exact(self) -> Reference:

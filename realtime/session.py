@@ -349,9 +349,13 @@ class Session:
         reports = self._reporter.report(voxels.regions, voxels.places, info, self._screen.moved, self._of_means)
         independent = self.scan.noise.effective_voxel_fraction
         progress = [stopping.Region(each.name, each.fraction_converged, independent * each.n_voxels) for each in reports]
-        is_enough = self._stopping.would_stop_at is None and not stopping.behind(self._rule, progress)
+        meets_targets = not stopping.behind(self._rule, progress)
+        is_enough = self._stopping.would_stop_at is None and meets_targets
         advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), self._estimate, repetition, is_enough)
-        veto = left_out or _misfit(self._fit, self._record.refused_at) or self._screen.doubt or self._reference.veto
+        if meets_targets and left_out is None:
+            self._fit = lack_of_fit.within_ranges(self._fit, self._reference.exact.told(advice.beyond))
+            self._record = lack_of_fit.judged(self._record, self._fit, n)
+        veto = left_out or _misfit(self._fit, self._record) or self._screen.doubt or self._reference.veto
         self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto, advice.remaining_gain)
         self._n_decisions += 1
         return Decision(
@@ -418,13 +422,14 @@ def n_shared(scan: Scan, mapped: Sequence[str]) -> int:
     return sum(name not in mapped for name in nuisance.coefficients(axes, mapped)) + (upper > lower)
 
 
-def _misfit(fit: lack_of_fit.Check, refused_at: int | None) -> str | None:
+def _misfit(fit: lack_of_fit.Check, record: lack_of_fit.Record) -> str | None:
     """Why a model that does not fit, or did not at an earlier image, forbids a stop."""
-    if refused_at is None:
+    if record.refused_at is None:
         return None
-    said = [] if fit.statistic is None else [f"residual variance {fit.statistic:.1f} x noise"]
+    said = [] if record.outside is None else [f"{record.outside} lies beyond the range that the scan states (widen it, or give a map)"]
+    said += [] if fit.statistic is None else [f"residual variance {fit.statistic:.1f} x noise"]
     said += [] if fit.prediction is None else [f"prediction errors {fit.prediction:.1f} x expected"]
-    return f"The model does not fit since image {refused_at}: {', '.join(said)}; continue the approved schedule."
+    return f"The model does not fit since image {record.refused_at}: {', '.join(said)}; continue the approved schedule."
 
 
 def versions() -> dict[str, str]:

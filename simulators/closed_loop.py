@@ -118,9 +118,11 @@ def run(
         followed, info = follower.absorb(followed, block, images[-1], noise)
         course = prospect.play(course, block)
         region = _region(rule, info)
-        is_enough = until_stop and not stopping.behind(rule, [region])
-        advice = choice.advise(number + 1, course, followed, info, is_enough)
+        meets_targets = not stopping.behind(rule, [region])
+        advice = choice.advise(number + 1, course, followed, info, until_stop and meets_targets)
         fit = _fit(info, np.stack(images), noise, scene.described, record)
+        if meets_targets and advice is not None:
+            fit = lack_of_fit.within_ranges(fit, follower.told(advice.beyond))
         record = lack_of_fit.judged(record, fit, number + 1)
         remaining = np.inf if advice is None else advice.remaining_gain
         state, verdict = stopping.update(rule, state, number + 1, [region], None if fit.passed else "lack of fit", remaining)

@@ -139,6 +139,12 @@ class Follower:
         mean, variance = self._foresee(signals, question, rows, mean_weights)
         return prediction.of_region(np.asarray(mean, float), np.asarray(variance, float), float(question.variance) ** 0.5)
 
+    def told(self, beyond: Float[np.ndarray, " nuisance"]) -> dict[str, float]:
+        """How far beyond its range (`design.Answer`) each nuisance lies of which the images can tell."""
+        names = [*nuisance.coefficients(self._axes, self.mapped), "offset"]
+        readable = nuisance.readable(self._axes, self.mapped)
+        return {name: float(value) for name, value in zip(names, beyond, strict=False) if name in readable}
+
     def place(self, followed: Followed, info: Info, truth: Float[np.ndarray, "voxel 2"]) -> Place:
         """Where truths lie."""
         at = jnp.asarray(truth, jnp.float64), jnp.asarray(followed.power)

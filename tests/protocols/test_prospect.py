@@ -38,7 +38,7 @@ def with_limits(prospect: Prospect, changed: Limits) -> Prospect:
 
 
 def an_answer(gains) -> Answer:
-    return Answer(np.asarray(gains), np.asarray(0.1), np.asarray(1.0))
+    return Answer(np.asarray(gains), np.asarray(0.1), np.asarray(1.0), np.zeros(0))
 
 
 def breaches(allowed: Limits, history: list[Played], block: SaturationBlock) -> list[str]:
