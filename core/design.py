@@ -183,7 +183,7 @@ def answer(
         importance @ gain(_read(candidates, given), given, *draws),
         importance @ gain((read_rest[0][..., :1], [each[..., :1] for each in read_rest[1]]), given, *draws)[:, 0] * counts[0],
         importance @ joint_gain(read_rest, counts, given, *draws),
-        jnp.nanmedian(jnp.where(question.importance[:, None] > 0, _beyond(question, fit), jnp.nan), axis=0),
+        jnp.nanmedian(jnp.where(question.importance[:, None] > 0, overrun(question, fit), jnp.nan), axis=0),
     )
 
 
@@ -236,7 +236,7 @@ def _share(question: Question, fit: Fitted) -> Float[Array, "voxel draw mixture"
     return jax.nn.softmax(-0.5 * occam - 0.5 * n * jnp.log(fit.variance) - 0.5 * (question.dof + n) * excess, axis=-1)
 
 
-def _beyond(question: Question, fit: Fitted) -> Float[Array, "voxel nuisance"]:
+def overrun(question: Question, fit: Fitted) -> Float[Array, "voxel nuisance"]:
     """As in `Answer`.
 
     The posterior of a coefficient (mean m, variance V, over all draws) is its prior N(0, 1) times what the images tell of it, which puts it at
@@ -255,8 +255,8 @@ def _beyond(question: Question, fit: Fitted) -> Float[Array, "voxel nuisance"]:
     variance = jnp.einsum("vk,vkc->vc", question.draw_weights, within)
     variance = variance + jnp.sum(jnp.einsum("vhk,vkc->vhc", question.contrast, centre) ** 2, axis=1)
     told = jnp.maximum(1 - variance, 1 - UNREAD)
-    overrun = (jnp.abs(mean / told) - END_OF_RANGE) / jnp.sqrt(variance / told)
-    return jnp.where(variance < UNREAD, overrun, -jnp.inf)
+    beyond = (jnp.abs(mean / told) - END_OF_RANGE) / jnp.sqrt(variance / told)
+    return jnp.where(variance < UNREAD, beyond, -jnp.inf)
 
 
 def _mixed(share: Array, mean: Array, root: Array, variance: Array) -> Conditional:

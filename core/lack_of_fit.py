@@ -21,8 +21,9 @@ from jaxtyping import Bool, Float
 
 N_FITTED = 3
 """Amplitude, fraction and rate are fitted in every voxel."""
-FARTHEST_BEYOND = 2.0
-"""Standard deviations by which the images may put a nuisance beyond its range."""
+FARTHEST_BEYOND = 2.33
+"""Standard deviations by which the images may put a nuisance beyond its range: 1 % of a normal lies above. (Of 300 closed loops as described on the
+wide phantom 2.7 % are refused by it, 6.3 % by 2.0; of 37 that would stop around a wrong value with B0 off by 0.3 ppm, 28 and 29.)"""
 LARGEST_RATIO = 1.5
 """Variance that a region's noise may leave over what is expected of it. Over hundreds of voxels the ratio of a model that holds stays within a
 few per cent of 1."""
@@ -39,7 +40,7 @@ class Record(NamedTuple):
     refused_at: int | None = None
     """Number of images at which the model was first found not to fit."""
     outside: str | None = None
-    """What lay beyond its range then."""
+    """What was first found to lie beyond its range."""
 
 
 class Check(NamedTuple):
@@ -64,7 +65,9 @@ def update(record: Record, surprise: float) -> Record:
 
 def judged(record: Record, found: Check, n_images: int) -> Record:
     """Remember a refusal."""
-    return record if found.passed or record.refused_at is not None else record._replace(refused_at=n_images, outside=found.outside)
+    if found.passed:
+        return record
+    return record._replace(refused_at=record.refused_at or n_images, outside=record.outside or found.outside)
 
 
 def check(

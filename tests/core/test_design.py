@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from one_voxel import question
 from scansteer.core import design
 from scansteer.core.design import Conditional, Quota
+from scansteer.core.lack_of_fit import FARTHEST_BEYOND
 from scansteer.core.lattice import Box
+from scansteer.core.nuisance import SPREAD
 
 BOX = Box(jnp.array([0.0, 0.0]), jnp.array([0.004, 1500.0]), (40, 40))
 
@@ -79,6 +81,34 @@ def test_amplitude_and_nuisance_given_the_images_are_the_gaussian_they_should_be
     mean, spread = np.asarray(given.mean)[0, 0], np.asarray(given.root)[0, 0]
     assert candidate @ mean == pytest.approx(candidate @ covariance @ columns.T @ signals / sigma**2, rel=1e-5)  # float32
     assert sigma**2 * np.sum((candidate @ spread) ** 2) == pytest.approx(candidate @ covariance @ candidate, rel=1e-4)
+
+
+def overrun(columns, signals, sigma):
+    asked = question(columns, signals, sigma, np.eye(columns.shape[1]))
+    return np.asarray(design.overrun(asked, design.fitted(asked)))[0]
+
+
+@pytest.mark.parametrize("coefficient", [-4.0, 1.0, 3.0])
+def test_how_far_a_nuisance_lies_beyond_its_range_is_what_least_squares_without_its_prior_say(coefficient):
+    rng = np.random.default_rng(3)
+    columns, sigma = np.stack([rng.uniform(0.3, 1, 8), rng.normal(0, 0.02, 8), 1e-6 * rng.normal(size=8)], axis=1), 4.0
+    signals = 1000.0 * columns @ [1.0, coefficient, 0.0] + rng.normal(0, sigma, 8)
+    amplitude, scaled = np.linalg.lstsq(columns[:, :2], signals, rcond=None)[0]
+    covariance = sigma**2 * np.linalg.inv(columns[:, :2].T @ columns[:, :2])
+    to_coefficient = np.array([-scaled / amplitude, 1.0]) / amplitude
+    sd = np.sqrt(to_coefficient @ covariance @ to_coefficient)
+    found = overrun(columns, signals, sigma)
+    assert found[0] == pytest.approx((abs(scaled / amplitude) - 3**0.5 / SPREAD) / sd, rel=0.05)
+    assert found[1] == -np.inf  # nothing is told of it
+
+
+def test_a_nuisance_within_its_range_is_seldom_said_to_be_beyond():
+    rng = np.random.default_rng(4)
+    columns, sigma = np.stack([rng.uniform(0.3, 1, 8), rng.normal(0, 0.02, 8)], axis=1), 4.0
+    within = [1000.0 * columns @ [1.0, each] + rng.normal(0, sigma, 8) for each in rng.uniform(-1, 1, 300) * 3**0.5 / SPREAD]
+    assert np.mean([overrun(columns, signals, sigma)[0] > FARTHEST_BEYOND for signals in within]) < 0.01
+    beyond = [1000.0 * columns @ [1.0, 2 * 3**0.5 / SPREAD] + rng.normal(0, sigma, 8) for _ in range(20)]
+    assert np.mean([overrun(columns, signals, sigma)[0] > FARTHEST_BEYOND for signals in beyond]) > 0.9
 
 
 def test_a_mixture_leans_to_the_component_that_explains_the_images():

@@ -87,3 +87,21 @@ def test_predictions_of_a_model_that_holds_are_seldom_refused_at_any_image():
             failed |= not check(np.zeros(5), 3, record).passed
         refused += failed
     assert refused / 500 <= 0.02
+
+
+def test_what_lies_beyond_its_range_is_a_refusal_that_names_it():
+    fits = check(residuals(20), 20)
+    assert lack_of_fit.within_ranges(fits, {"b0_ppm": 1.9, "offset": -np.inf}) == fits
+    assert lack_of_fit.within_ranges(fits, {}) == fits
+    found = lack_of_fit.within_ranges(fits, {"b1_relative": 2.5, "b0_ppm": 4.0, "offset": -np.inf})
+    assert (found.passed, found.outside) == (False, "b0_ppm")
+    record = lack_of_fit.judged(lack_of_fit.init(), found, 12)
+    assert (record.refused_at, record.outside) == (12, "b0_ppm")
+    assert lack_of_fit.judged(record, check(residuals(20), 20, record), 13) == record
+
+
+def test_a_refusal_for_another_reason_still_learns_what_lies_beyond_its_range():
+    bad = check(residuals(8, ratio=2.5), 8)
+    record = lack_of_fit.judged(lack_of_fit.init(), bad, 8)
+    found = lack_of_fit.within_ranges(bad, {"b0_ppm": 4.0})
+    assert lack_of_fit.judged(record, found, 12) == record._replace(outside="b0_ppm")

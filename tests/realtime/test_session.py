@@ -224,6 +224,17 @@ def test_one_image_of_another_pulse_forbids_a_stop_until_it_is_excluded(scan):
     assert all(decision.lack_of_fit.passed for decision in play(without, spoilt[5:]))
 
 
+def test_a_stop_is_refused_where_what_was_not_measured_lies_beyond_its_range(scan, frames):
+    """T1 is 2.9 s; the scan that is described allows for up to 2.5 s."""
+    easy = {name: parameter.model_copy(update={"target_halfwidth_relative": 50.0}) for name, parameter in scan.parameters.items()}
+    narrow = {**scan.auxiliaries, "t1_s": Auxiliary(lower=2.2, upper=2.5)}
+    stop = Stop(n_min=6, fraction_converged=0.5)
+    decisions = play(session(scan.model_copy(update={"parameters": easy, "auxiliaries": narrow, "stop": stop})), frames)
+    assert decisions[-1].lack_of_fit.outside == "t1_s"
+    assert decisions[-1].cause == "veto"
+    assert "t1_s lies beyond the range that the scan states" in decisions[-1].reason
+
+
 def test_a_dummy_as_the_first_image_is_refused(scan, frames):
     one = session(scan)
     with pytest.raises(InputError, match="dummy"):
