@@ -76,15 +76,15 @@ def with_evidence(
     misfit, outer = prepared(log_posterior, log_prior[0][:, None] + log_prior[1], power)
     prior = _prior_on(outer, log_prior)
     wide, area = from_misfit(_zoom(misfit, outer), power) + prior, _cell_areas(outer, box)
-    mass = _mass(wide, area)
+    mass, log_total = _mass(wide, area)
     marginals = jnp.sum(mass, axis=2), jnp.sum(mass, axis=1)
     edges = [_edge_mass(marginal, outer[axis], box, axis) for axis, marginal in enumerate(marginals)]
-    anytime = _anytime_area(wide, prior, area)
+    anytime = _anytime_area(wide - log_total[:, None, None], prior, area)
     inner = _shrink(marginals[0], outer[0], box.n_points[0]), _shrink(marginals[1], outer[1], box.n_points[1])
-    density = from_misfit(_zoom(misfit, inner), power) + _prior_on(inner, log_prior)
+    density, area = from_misfit(_zoom(misfit, inner), power) + _prior_on(inner, log_prior), _cell_areas(inner, box)
+    mass, log_total = _mass(density, area)
     highest = jnp.max(log_posterior - (log_prior[0][:, None] + log_prior[1]), axis=(1, 2))  # of the likelihood: what `prepared` takes away
-    evidence = highest + jax.nn.logsumexp(density + jnp.log(_cell_areas(inner, box)), axis=(1, 2))
-    return _describe(density, inner, box, anytime_area=anytime, edge_mass=jnp.stack(edges, 1)), evidence
+    return _describe(density, mass, area, inner, box, anytime_area=anytime, edge_mass=jnp.stack(edges, 1)), highest + log_total
 
 
 _FLOOR = -1e6
@@ -224,9 +224,14 @@ def _zoom(values: Array, windows: tuple[Window, Window]) -> Float[Array, "voxel 
     return interpolate(values, (positions(windows[0]), positions(windows[1])))
 
 
-def _mass(log_density: Float[Array, "voxel fine fine"], area: Float[Array, "voxel fine fine"]) -> Float[Array, "voxel fine fine"]:
-    mass = jnp.exp(log_density - jnp.max(log_density, axis=(1, 2), keepdims=True)) * area
-    return mass / jnp.sum(mass, axis=(1, 2), keepdims=True)
+def _mass(
+    log_density: Float[Array, "voxel fine fine"], area: Float[Array, "voxel fine fine"]
+) -> tuple[Float[Array, "voxel fine fine"], Float[Array, " voxel"]]:
+    """Of every cell, normalised, and the log of all mass before that."""
+    highest = jnp.max(log_density, axis=(1, 2), keepdims=True)
+    mass = jnp.exp(log_density - highest) * area
+    total = jnp.sum(mass, axis=(1, 2), keepdims=True)
+    return mass / total, (highest + jnp.log(total))[:, 0, 0]
 
 
 def _cell_areas(windows: tuple[Window, Window], box: Box) -> Float[Array, "voxel fine fine"]:
@@ -267,9 +272,8 @@ def _shrink(marginal: Array, window: Window, n: int) -> Window:
     return jnp.maximum(first - margin, 0.0), jnp.minimum(last + margin, n - 1.0)
 
 
-def _anytime_area(log_density: Array, log_prior: Array, area: Array) -> Float[Array, " voxel"]:
-    """Area where the normalised posterior exceeds 0.05 x the normalised prior."""
-    log_posterior = log_density - jnp.log(jnp.sum(jnp.exp(log_density) * area, axis=(1, 2)))[:, None, None]
+def _anytime_area(log_posterior: Array, log_prior: Array, area: Array) -> Float[Array, " voxel"]:
+    """Area where the posterior exceeds 0.05 x the prior, both normalised."""
     return jnp.sum(jnp.where(log_posterior > log_prior + jnp.log(ANYTIME_LEVEL), area, 0.0), axis=(1, 2))
 
 
@@ -302,9 +306,9 @@ def _above(density: Array, level: Array, what: Array) -> Float[Array, " voxel"]:
     return jnp.sum(jnp.where(density > level[:, None, None], what, 0.0), axis=(1, 2))
 
 
-def _describe(log_density: Array, windows: tuple[Window, Window], box: Box, *, anytime_area: Array, edge_mass: Array) -> Summary:
-    area = _cell_areas(windows, box)
-    mass = _mass(log_density, area)
+def _describe(
+    log_density: Array, mass: Array, area: Array, windows: tuple[Window, Window], box: Box, *, anytime_area: Array, edge_mass: Array
+) -> Summary:
     marginals = jnp.sum(mass, axis=2), jnp.sum(mass, axis=1)
     values = jnp.stack([box.value(axis, positions(window)) for axis, window in enumerate(windows)], axis=1)  # (voxel, 2, fine)
     mean = jnp.stack([jnp.sum(m * values[:, axis], axis=1) for axis, m in enumerate(marginals)], axis=1)
