@@ -2,6 +2,7 @@
 
     python benchmarks/promises.py real  [SCAN ...]                 replays; the scans lie in the folder SCANSTEER_DATA (default ../shared/data)
     python benchmarks/promises.py loops SCAN [RUNS] [WORLD ...]    single voxels drawn from the priors, scanned adaptively until they may stop
+    python benchmarks/promises.py anatomy SCAN [RUNS]              the same of fixed tissues: white and grey matter, CSF, a lesion
     python benchmarks/promises.py steering SCAN [DRAWS] [SEED]     scenes of six voxels to the published schedule's last area: what steering saves
     python benchmarks/promises.py priors SCAN [SCENES]             scenes of 64 voxels drawn from the priors, under the pulses of other steered scans
     python benchmarks/promises.py quadrature SCAN                  64 voxels of a real scan, beside every range cut in two slices
@@ -23,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -163,8 +164,21 @@ def loops(name: str, runs: int = 200, *worlds: str) -> None:
         for each in worlds or world.WORLDS:
             begun = time.process_time()
             found = study.of_world(study.stops(shared, each, runs, pool, progress), len(scan.schedule))
-            said = ", ".join(f"{key} {value:.3g}" for key, value in found.items() if value is not None and key != "runs")
-            print(f"{each}: {said} ({time.process_time() - begun:.0f} s of CPU)", flush=True)
+            print(f"{each}: {_said(found)} ({time.process_time() - begun:.0f} s of CPU)", flush=True)
+
+
+def anatomy(name: str, runs: int = 100) -> None:
+    """Print one line per tissue."""
+    scan = load(name)
+    shared = study.Study(scan, Prospect(scan), Follower(scan, world.mapped_auxiliaries(scan)), seed=0)
+    print(f"\n## {name}: {runs} runs per tissue\n")
+    for tissue in world.BRAIN:
+        traces = [study.until_stop(shared, world.of_tissue(scan, tissue, (15, number))) for number in range(runs)]
+        print(f"{tissue}: {_said(study.of_world(traces, len(scan.schedule)))}", flush=True)
+
+
+def _said(found: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.3g}" for key, value in found.items() if value is not None and key != "runs")
 
 
 def priors(name: str, scenes: int = 24) -> None:
@@ -326,7 +340,7 @@ def _rounded(value: object) -> object:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["real"]
-    if what in (by_name := {"loops": loops, "steering": steering, "priors": priors, "quadrature": quadrature, "widths": widths, "means": means}):
+    if what in (by_name := {each.__name__: each for each in (loops, anatomy, steering, priors, quadrature, widths, means)}):
         by_name[what](rest[0], *(int(each) if each.isdigit() else each for each in rest[1:]))  # type: ignore[arg-type]
     else:
         for scan_name in rest or FILES:

@@ -3,11 +3,10 @@
 Vladimirov et al., Nat. Protoc. 2025, doi 10.1038/s41596-025-01152-w (molecular-mrf). The alpha-amine's three protons count:
 fs = 3 x concentration / 110 M.
 
-The wide description marginalises to first order about the centres of its ranges (T1 in two halves), B0 to second order, for at a pool's own offset
-a signal's slope with B0 vanishes. On the published vials that leaves a half-width of f of 39 % at 18 images and 37 % at 30. Without B0's curvature
-it would be said to be 20 % at both, but of closed loops whose truth is drawn from these ranges only 84 % then stop with the truth within the 95 %
-region, instead of 95 %. Knowing B0 narrows it: to 19 % were it 0 +- 0.02 ppm in all vials, to 26 % if it is what 63 of their voxels agree upon
-best, -0.06 +- 0.02 ppm (21 nat of evidence less for 0, 18 less for +0.04).
+The wide description marginalises to first order about the centres of its ranges; to second in T1, T2 and B0, for at a pool's own offset a signal's
+slope with B0 vanishes, and where carry-over or the first state meet T1. On the published vials that leaves a half-width of f of 42 % at 18 images
+and 40 % at 30 (`benchmarks/promises.py real`), or 22 % were B0 known (`widths`). Without B0's curvature it would be said to be 20 %, and of closed
+loops whose truth is drawn from these ranges only 84 % would stop with the truth within the 95 % region.
 """
 
 from scansteer.protocols.scan import (

@@ -128,11 +128,15 @@ def stops(study: Study, name: str, repeats: int, pool: ThreadPoolExecutor, progr
     """Single voxels drawn from the priors, scanned adaptively until they may stop."""
 
     def one(number: int) -> Trace:
-        scene = world.WORLDS[name](world.single(study.scan, (study.seed, 20_000 + number)))
-        choice = closed_loop.Adaptive(study.follower, study.prospect, scene)
-        return closed_loop.run(scene, study.follower, study.prospect, schedules.published(study.scan), choice, until_stop=True)
+        return until_stop(study, world.WORLDS[name](world.single(study.scan, (study.seed, 20_000 + number))))
 
     return _all(one, range(repeats), f"world: {name}", pool, progress)
+
+
+def until_stop(study: Study, scene: Scene) -> Trace:
+    """Scan a scene adaptively until it may stop."""
+    choice = closed_loop.Adaptive(study.follower, study.prospect, scene)
+    return closed_loop.run(scene, study.follower, study.prospect, schedules.published(study.scan), choice, until_stop=True)
 
 
 def _all(one: Callable[[int], Trace], numbers: Iterable[int], label: str, pool: ThreadPoolExecutor, progress: Progress) -> list[Trace]:

@@ -139,6 +139,16 @@ def digital(scan: Scan, n_voxels: int, seed: tuple[int, ...]) -> Scene:
     return _scene(scan, {name: span.lower + placed[name] * (span.upper - span.lower) for name, span in spans.items()}, seed, rng)
 
 
+def of_tissue(scan: Scan, tissue: str, seed: tuple[int, ...]) -> Scene:
+    """One voxel with the parameters, and where it is mapped the relaxation times, of a tissue of `BRAIN`; all else drawn from the scan's ranges."""
+    rng = np.random.default_rng(seed)
+    fraction, rate = scan.parameter_names
+    known = {fraction: "f", rate: "k", **{name: name for name in mapped_auxiliaries(scan)}}
+    spans = {**scan.parameters, **scan.auxiliaries}
+    shares = {name: BRAIN[tissue][known[name]] if name in known else rng.uniform() for name in spans}
+    return _scene(scan, {name: np.array([span.lower + shares[name] * (span.upper - span.lower)]) for name, span in spans.items()}, seed, rng)
+
+
 def _scene(scan: Scan, values: dict[str, np.ndarray], seed: tuple[int, ...], rng: np.random.Generator) -> Scene:
     n_voxels = len(next(iter(values.values())))
     for pool in scan.pools:
