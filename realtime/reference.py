@@ -179,7 +179,7 @@ class Reference:
             columns = self.columns(self._weights[index], expected) if shared is None else shared
             self._sums[index], posterior = self._step(self._sums[index], columns, values, noise_now, self.prior, self._shifts[index])
             self._log_posteriors[index] = posterior.log_posterior
-            return self.describe(posterior)[0]
+            return jax.block_until_ready(self._describe(posterior, self.prior))[0]
 
         infos = list(self._pool.map(one, range(len(self._sums))))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[self._where], *infos)
@@ -232,10 +232,6 @@ class Reference:
     def columns(self, weights: Float[jax.Array, "mixture column node"], expected: Float[jax.Array, "node point"]) -> jax.Array:
         """The likelihood's columns of one image, (column, mixture, cell)."""
         return self._columns(weights, expected, self.prior.box)
-
-    def describe(self, posterior: OnLattice) -> tuple[Info, Float[jax.Array, " voxel"]]:
-        """What is said of a block of voxels, and their log evidence."""
-        return jax.block_until_ready(self._describe(posterior, self.prior))
 
     def empty(self, n_voxels: int) -> Sums:
         """Running sums without any image."""

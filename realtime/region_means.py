@@ -24,11 +24,13 @@ from scansteer.core.code_generation import for_blocks_of_voxels
 from scansteer.core.grid_posterior import Info, OnLattice, Prior
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
-from scansteer.realtime.reference import BLOCK, Linearised, Reference
+from scansteer.realtime.reference import Linearised, Reference
 
 EXTRA = 0.001, 0.002, 0.004, 0.008
 """Standard deviations of the model's error beyond the scan's discrepancy [fraction of M0]. The two-pool model leaves 0.2 to 0.3 % of the
 vials of the published phantom."""
+TOGETHER = 8
+"""Posteriors described at a time: those of two regions. More take as much more time, few regions wait for no padding."""
 
 
 class _Region(NamedTuple):
@@ -51,6 +53,7 @@ class RegionMeans:
         self._reference = reference
         self._discrepancy = jnp.hypot(reference.scan.noise.discrepancy, jnp.asarray(EXTRA))
         self._step = jax.jit(_step, donate_argnums=0, compiler_options=for_blocks_of_voxels())
+        self._describe = jax.jit(grid_posterior.describe, compiler_options=for_blocks_of_voxels())
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-means")
         self._regions: list[_Region] = []
         self._sums: list[Sums] = []
@@ -90,13 +93,14 @@ class RegionMeans:
         return _weighed(*self._described(found))
 
     def _described(self, posteriors: OnLattice) -> tuple[Info, Float[np.ndarray, " posterior"]]:
-        """By as many as the reference describes at a time, the last ones of them padded."""
+        """`TOGETHER` at a time, the last ones of them padded."""
         n = len(posteriors.energy)
         parts = []
-        for first in range(0, n, BLOCK):
-            rows = np.minimum(np.arange(first, first + BLOCK), n - 1)
-            block = jax.tree.map(lambda leaf, rows=rows: leaf[rows], posteriors)
-            parts.append(self._reference.describe(OnLattice(block.log_posterior, block.residual.T, block.amplitude.T, block.energy, block.power[0])))
+        for first in range(0, n, TOGETHER):
+            rows = np.minimum(np.arange(first, first + TOGETHER), n - 1)
+            few = jax.tree.map(lambda leaf, rows=rows: leaf[rows], posteriors)
+            on_lattice = OnLattice(few.log_posterior, few.residual.T, few.amplitude.T, few.energy, few.power[0])
+            parts.append(jax.block_until_ready(self._describe(on_lattice, self._reference.prior)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)
 
     @property
