@@ -22,8 +22,9 @@ from jaxtyping import Bool, Float
 N_FITTED = 3
 """Amplitude, fraction and rate are fitted in every voxel."""
 FARTHEST_BEYOND = 2.33
-"""Standard deviations by which the images may put a nuisance beyond its range: 1 % of a normal lies above. (Of 300 closed loops as described on the
-wide phantom 2.7 % are refused by it, 6.3 % by 2.0; of 37 that would stop around a wrong value with B0 off by 0.3 ppm, 28 and 29.)"""
+"""Standard deviations by which the images may put a nuisance beyond its range: 1 % of a normal lies above. On the wide phantom 3.5 % of 1 000 closed
+loops as described are refused, 9 % of 100 with B0 off by 0.3 ppm stop around a wrong value; with 2.0 it is 7.2 and 8 %
+(`benchmarks/promises.py loops`)."""
 LARGEST_RATIO = 1.5
 """Variance that a region's noise may leave over what is expected of it. Over hundreds of voxels the ratio of a model that holds stays within a
 few per cent of 1."""
