@@ -26,8 +26,8 @@ import numpy as np
 from jaxtyping import Float
 
 SPREAD = 1.15
-"""Factor on the standard deviation of what is not measured. Of 1 536 voxels drawn from the wide phantom's priors the 95 % region holds 96.5, 95.3, 95.1
-and 95.1 % at 3, 5, 8 and 12 images (`benchmarks/promises.py priors`; without it, and without products, 93.1, 91.7, 90.8 and 91.9 %)."""
+"""Factor on the standard deviation of what is not measured. Of 1 536 voxels drawn from the wide phantom's priors the 95 % region holds 96.5, 95.3,
+95.1 and 95.1 % at 3, 5, 8 and 12 images (`benchmarks/promises.py priors`; without it, and without products, 93.1, 91.7, 90.8 and 91.9 %)."""
 END_OF_RANGE = 3**0.5 / SPREAD
 """Coefficient of what lies at an end of its range."""
 
