@@ -95,7 +95,7 @@ class Answer(eqx.Module):
     """Of the rest of the schedule together: what stopping would forgo."""
     beyond: Float[Array, " nuisance"]
     """Not a gain: how far beyond its range the images so far put each nuisance, in standard deviations of what they tell of it; median over the
-    voxels asked. Negative: not beyond. Of use where `nuisance.readable`."""
+    voxels asked, of all regions together. Negative: not beyond. Of use where `nuisance.readable`."""
 
 
 class Quota(NamedTuple):

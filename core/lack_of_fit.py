@@ -114,10 +114,8 @@ def check(
 
 def within_ranges(found: Check, beyond: Mapping[str, float]) -> Check:
     """Fails as well where a nuisance lies beyond its range, by so many standard deviations; see `design.Answer`."""
-    farthest = max(beyond, key=beyond.__getitem__, default=None)
-    if farthest is None or beyond[farthest] <= FARTHEST_BEYOND:
-        return found
-    return found._replace(passed=False, outside=farthest)
+    outside = {name: value for name, value in beyond.items() if value > FARTHEST_BEYOND}  # what is not a number tells nothing
+    return found._replace(passed=False, outside=max(outside, key=outside.__getitem__)) if outside else found
 
 
 def unexplained(

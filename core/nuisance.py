@@ -108,9 +108,10 @@ def products(axes: Sequence[Axis], mapped: Collection[str]) -> list[tuple[int, i
 
 
 def readable(axes: Sequence[Axis], mapped: Collection[str]) -> list[str]:
-    """Unmeasured nuisances on which signals depend so evenly that their coefficient tells where in its range each lies, and whether beyond.
+    """Unmeasured nuisances whose coefficient tells where in its range each lies, and whether beyond.
 
-    The offset is one; relaxation times over more than an octave are not.
+    The offset is one where it is not known, and so is B0, which has a slope at all but the pool's own offset. Relaxation times over more than an
+    octave are none: on those signals depend too unevenly.
     """
     return [*(axis.name for axis in axes if axis.name not in mapped and not (axis.logarithmic and axis.curved)), "offset"]
 

@@ -172,11 +172,11 @@ def _star_columns(star: Star, rows: Sequence[np.ndarray], pairs: Collection[tupl
         if (i, j) not in pairs:
             continue
         mixed = _mixed_derivative(star, i, j, number)
-        (at, along), (at_other, along_other) = (rows[axis][:2] @ _node_coordinates(star.axes[axis]) for axis in (i, j))
-        mean += mixed * at * at_other
-        spread[i][1] += mixed * along * at_other
-        spread[j][1] += mixed * at * along_other
-        both.append(mixed * along * along_other)
+        mine, others = (rows[axis] @ _node_coordinates(star.axes[axis]) for axis in (i, j))
+        mean += mixed * mine[0] * others[0]
+        spread[i][1:] += mine[1:, None] * mixed * others[0]
+        spread[j][1:] += others[1:, None] * mixed * mine[0]
+        both.append(mixed * mine[1] * others[1])
     return np.stack([mean, *(row for own in spread for row in own[1:]), *both])
 
 

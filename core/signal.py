@@ -4,9 +4,10 @@ Transverse magnetisation is spoiled before every saturation block and before eve
 longitudinal magnetisations, computed once per distinct pulse, and a scan is a short chain of small products. Arrays have the
 cells (grid points, voxels) as last axis. Magnetisation is in units of water's equilibrium.
 
-Under one long constant pulse water precesses about its effective field, and Mz oscillates by the square of the field's tilt until T2 has damped it:
-where T2 is a second, by 1 % of M0 at the end of half a second and by 0.2 % after three. Where in its turn it ends hangs on 0.001 ppm of B0. A voxel
-whose B0 differs by more than that reads the mean over the turn (`Tissue.dephases`); one spin reads the oscillation.
+Under one long constant pulse far from water's resonance, water precesses about its effective field, and Mz oscillates by the square of the field's
+tilt until T2 has damped it: at 3 ppm and 9.4 T, where T2 is a second, by 1 % of M0 at the end of half a second and by 0.2 % after three. Where in its
+turn it ends hangs on 0.001 ppm of B0. A voxel whose B0 differs by more than that reads the mean over the turn (`Tissue.dephases`); one spin reads
+the oscillation. Nearer to water than the pulse's own amplitude B0 hardly changes the effective field, and a voxel is taken for a spin.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from scansteer.core import bloch_mcconnell as bm
+from scansteer.core import rational_exponential as rational
 from scansteer.core import two_pool
 from scansteer.core.chunks import mapped
 from scansteer.core.saturation import Saturation, Train
@@ -32,8 +34,6 @@ CHUNK = 512
 """Cells simulated at a time; bounds the memory, and the closed forms run best with a few hundred."""
 CACHED_CELLS = 256
 """Cells whose matrices are multiplied at a time: they stay in a core's cache."""
-FEWEST_TURNS = 5
-"""Turns about the effective field, in the pulse and in T2, from which on precession dephases."""
 NEGLIGIBLE_PRECESSION = 1e-6
 """Fraction of M0."""
 GAUSS_STEPS = 64
@@ -202,39 +202,45 @@ def _block(tissue, saturation, train, kept: _Intervals) -> LongitudinalMap:
 
 def _saturation(tissue, saturation, train, pause) -> bm.Affine:
     """The map of Mz over the RF, by the closed form where there is one."""
-    general = lambda: _saturation_in_general(tissue, saturation, train, pause)  # noqa: E731
-    if tissue.dephases and train.n_pulses == 1 and train.shape == "block" and not train.spin_lock:
-        general = lambda: _mean_over_turn(tissue, saturation)  # noqa: E731
+    dephases = tissue.dephases and train.n_pulses == 1 and train.shape == "block" and not train.spin_lock
+    general = lambda: _mean_over_turn(tissue, saturation) if dephases else _saturation_in_general(tissue, saturation, train, pause)  # noqa: E731
     if train.n_pulses > 1 or train.shape != "block" or train.spin_lock or len(tissue.pools) != 1 or tissue.pools[0].lineshape != "bloch":
         return general()
     (pool,) = tissue.pools
     x = two_pool.scaled(tissue, GAMMA * saturation.b1 * tissue.b1, 2 * math.pi * saturation.offset_hz, saturation.t_sat)
-    quick, trusted = two_pool.longitudinal(x, (saturation.t_sat / tissue.t1, saturation.t_sat * pool.f / pool.t1), tissue.dephases)
+    sources = saturation.t_sat / tissue.t1, saturation.t_sat * pool.f / pool.t1
+    quick, trusted = two_pool.longitudinal(x, sources, _is_far(saturation) if dephases else False)
     return lax.cond(trusted, lambda: quick, general)
 
 
-def _mean_over_turn(tissue, saturation) -> bm.Affine:
-    """One constant pulse: the mean of two that end half a turn of water about its effective field apart.
+def _is_far(saturation) -> Array:
+    """Whether a pulse is so far from water, and so long, that precession about the effective field dephases: the same for all cells."""
+    w1, offset = GAMMA * saturation.b1, 2 * math.pi * saturation.offset_hz
+    return (jnp.abs(offset) > w1) & (jnp.hypot(w1, offset) * saturation.t_sat > rational.FAR)
 
-    Not where water has not turned often by then, or T2 damps every turn, or nothing is left of it.
+
+def _mean_over_turn(tissue, saturation) -> bm.Affine:
+    """One constant pulse: the mean of two that end half a turn of water about its effective field apart, weighted as T2 damps them.
+
+    Not where nothing is left of the precession.
     """
     n = bm.n_transverse(tissue)
 
     def longitudinal(cells):
         (own,) = cells
         w1, offset, t_sat = GAMMA * saturation.b1 * own.b1, 2 * math.pi * saturation.offset_hz, saturation.t_sat
-        seen = offset - 2 * math.pi * own.b0_hz
-        field = jnp.maximum(jnp.hypot(w1, seen), 1.0)
+        field = jnp.maximum(jnp.hypot(w1, offset - 2 * math.pi * own.b0_hz), 1.0)
         tilt = (w1 / field) ** 2
-        left = tilt * jnp.exp(-t_sat * ((1 - 0.5 * tilt) / own.t2 + 0.5 * tilt / own.t1))
-        averages = (field * jnp.minimum(t_sat, own.t2) > FEWEST_TURNS * 2 * math.pi) & (left > NEGLIGIBLE_PRECESSION)
-        quarter = jnp.where(averages, 0.5 * math.pi / field, 0.0)
+        rate = (1 - 0.5 * tilt) / own.t2 + 0.5 * tilt / own.t1
+        averages = _is_far(saturation) & (tilt * jnp.exp(-t_sat * rate) > NEGLIGIBLE_PRECESSION)
+        half_turn = jnp.where(averages, math.pi / field, 0.0)
+        share = 1 / (1 + jnp.exp(rate * half_turn))  # of the earlier one; their mean time is that of the pulse
         generator = bm.generator(own, w1, offset)
 
         def averaged() -> bm.Affine:
-            early = bm.propagate(*generator, t_sat - quarter)
-            late = bm.then(early, bm.propagate(*generator, 2 * quarter))
-            return jax.tree.map(lambda one, other: 0.5 * (one + other), early, late)
+            early = bm.propagate(*generator, t_sat - (1 - share) * half_turn)
+            late = bm.then(early, bm.propagate(*generator, half_turn))
+            return jax.tree.map(lambda one, other: share * one + (1 - share) * other, early, late)
 
         mean = lax.cond(jnp.any(averages), averaged, lambda: bm.propagate(*generator, t_sat))
         return bm.Affine(mean.matrix[2 * n :, 2 * n :], mean.shift[2 * n :])

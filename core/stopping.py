@@ -85,6 +85,11 @@ def behind(rule: Rule, regions: list[Region]) -> list[Region]:
     return [region for region in regions if region.fraction_converged < needed(rule, region)]
 
 
+def is_futile(rule: Rule, remaining_gain: float) -> bool:
+    """The rest of the schedule brings too little to go on for [nat of log confidence-region area]."""
+    return rule.plateau is not None and remaining_gain < rule.plateau
+
+
 def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto: str | None, remaining_gain: float) -> tuple[State, Verdict]:
     """One more image: has every region met its target often enough, and does nothing speak against it?
 
@@ -96,7 +101,7 @@ def update(rule: Rule, state: State, n_images: int, regions: list[Region], veto:
         What the rest of the schedule is expected to take off the log confidence-region area [nat].
     """
     late = behind(rule, regions)
-    futile = rule.plateau is not None and remaining_gain < rule.plateau
+    futile = is_futile(rule, remaining_gain)
     if veto is not None:
         return State(0, state.would_stop_at), Verdict(False, veto, "veto")
     if late and not futile:

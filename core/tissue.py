@@ -42,5 +42,5 @@ class Tissue(eqx.Module):
     b1: Float[Array, "..."]
     """True over nominal RF amplitude."""
     dephases: bool = eqx.field(static=True, default=False)
-    """B0 differs so much within a cell (a voxel) that under a long pulse water's precession about the effective field averages out: see
-    `core.signal`."""
+    """B0 differs so much within a cell (a voxel) that under a long pulse, far from water's resonance, precession about the effective field averages
+    out: see `core.signal`."""

@@ -3,9 +3,10 @@
 Most dictionaries are of this kind, and only Mz matters to them. The full exponential of the 6 x 6 generator takes some twenty products
 of matrices; its longitudinal 2 x 2 corner is the inverse Laplace transform of a resolvent that eliminating the transverse components
 gives by hand, here as 2 Re sum_j weight_j (A t - pole_j)^-1 over seven poles. The one pair of eigenvalues that such a sum misses,
-water's precession about its effective field, is found by Newton's method and its residue added. Where `longitudinal` trusts it, it agrees with
-`propagate` to 2e-9 for any tissue and pulse, and to 1e-11 for the scans that are built in, at half the time. (Tried and slower: a
-sum over the full 3 x 3 Schur complement of water, 1.2 us a pulse and cell; scaling and squaring, 1.1 us; this, 0.6 us.)
+water's precession about its effective field, is found by Newton's method and its residue added, or, in a voxel that dephases, left out. Of a
+spin it agrees with `propagate`, where `longitudinal` trusts it, to 2e-9 for any tissue and pulse, and to 1e-11 for the scans that are built in, at
+half the time. (Tried and slower: a sum over the full 3 x 3 Schur complement of water, 1.2 us a pulse and cell; scaling and squaring, 1.1 us; this,
+0.6 us.)
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _sum_over_poles(x: Scaled) -> list[Array]:
     return lax.scan(add, [jnp.zeros_like(x.w1)] * 6, (jnp.asarray(rational.POLES), jnp.asarray(rational.WEIGHTS)))[0]
 
 
-def _pair(x: Scaled, dephases: bool) -> tuple[list[Array], Array]:
+def _pair(x: Scaled, dephases: bool | Array) -> tuple[list[Array], Array]:
     """What the pair near (-R2rho +- i effective field) adds to the same six numbers, and an estimate of the error of it.
 
     Where it dephases it contributes nothing: what the sum over poles holds of it is taken away.
@@ -111,7 +112,8 @@ def _pair(x: Scaled, dephases: bool) -> tuple[list[Array], Array]:
     inverse_slope = inverse_slope_near + (inverse_slope_near - inverse_slope) * ratio  # at the root, to first order
     value = lax.complex(jnp.minimum(value.real, 0.0), value.imag)  # gone astray: no overflow, even if not trusted
     # far out the sum over poles is nothing and all of the pair is lacking
-    near, far = (lambda at: rational.remainder(at) - jnp.exp(at), jnp.zeros_like) if dephases else (rational.remainder, jnp.exp)
+    dropped = lambda at: jnp.where(dephases, jnp.exp(at), 0.0)  # noqa: E731
+    near, far = lambda at: rational.remainder(at) - dropped(at), lambda at: jnp.exp(at) - dropped(at)
     lacking = lax.cond(jnp.min(field) > rational.OUT_OF_REACH, far, near, value) * inverse_slope
     # without RF the entries vanish at the root: there, not a step beside it, they are wanted
     entries = [jnp.where(silent, 0.0, (entry - step * slope) * lacking) for entry, slope in zip(entries, slopes, strict=True)]
@@ -146,7 +148,7 @@ def applies(x: Scaled) -> Bool[Array, "*cell"]:
     return pool_decays & (field > rational.FAR)
 
 
-def longitudinal(x: Scaled, sources: tuple[Array, Array], dephases: bool = False) -> tuple[Affine, Array]:
+def longitudinal(x: Scaled, sources: tuple[Array, Array], dephases: bool | Array = False) -> tuple[Affine, Array]:
     """The map of Mz of water and pool, and whether to trust it.
 
     Parameters

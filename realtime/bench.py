@@ -85,7 +85,7 @@ def dictionary(scan: Scan, n_side: int = N_GRID) -> Dictionary:
     sides = (np.linspace(each.lower, each.upper, n_side) for each in scan.parameters.values())
     grid = np.meshgrid(*sides, indexing="ij")
     values = {name: jnp.asarray(each.reshape(-1)) for name, each in zip(scan.parameter_names, grid, strict=True)}
-    tissue = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n_side**2,)), tissue_model.tissue(scan, values))
+    tissue = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n_side**2,)), tissue_model.tissue(scan, values, voxels=True))
     distinct = list(dict.fromkeys(scan.schedule))
     pulses = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tissue_model.saturation(scan, block) for block in distinct))
     order = jnp.asarray([distinct.index(block) for block in scan.schedule])

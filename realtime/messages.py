@@ -97,7 +97,7 @@ class LackOfFit(Message):
     prediction: float | None = None
     """Squared error of the predictions over what was expected of it, mean over the images so far: 1 if the model holds."""
     outside: str | None = None
-    """What was not measured (`b0_ppm`, ..), and lies beyond the range that the scan states; looked for where the targets are met."""
+    """What was not measured (`b0_ppm`, ..), and lies beyond the range that the scan states; looked for where a stop is near, and kept."""
 
 
 class Audit(Message):

@@ -30,7 +30,7 @@ EXTRA = 0.001, 0.002, 0.004, 0.008
 """Standard deviations of the model's error beyond the scan's discrepancy [fraction of M0]. The two-pool model leaves 0.2 to 0.3 % of the
 vials of the published phantom."""
 TOGETHER = 8
-"""Posteriors described at a time: those of two regions. More take as much more time, few regions wait for no padding."""
+"""Posteriors described at a time: those of two regions. Time grows with the number of regions; a single one is padded to this."""
 
 
 class _Region(NamedTuple):

@@ -217,6 +217,7 @@ def _row(decision: Decision) -> str:
     fit = "passed" if decision.lack_of_fit.passed else "failed"
     known = [value for value in (decision.lack_of_fit.statistic, decision.lack_of_fit.prediction) if value is not None]
     fit += f" ({', '.join(f'{value:.3g}' for value in known)})" if known else ""
+    fit += f", {decision.lack_of_fit.outside} beyond its range" if decision.lack_of_fit.outside else ""
     cells = (
         f"<td>{decision.n_images}</td><td class=text>{decision.action}</td><td class=text>{escape(decision.reason)}</td>"
         f"<td>{_percent(least)}</td><td>{_number(max(areas, default=None))}</td><td class=text>{fit}</td>"

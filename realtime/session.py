@@ -352,7 +352,8 @@ class Session:
         meets_targets = not stopping.behind(self._rule, progress)
         is_enough = self._stopping.would_stop_at is None and meets_targets
         advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), self._estimate, repetition, is_enough)
-        if meets_targets and left_out is None:
+        may_stop = meets_targets or stopping.is_futile(self._rule, advice.remaining_gain)
+        if may_stop and left_out is None:
             self._fit = lack_of_fit.within_ranges(self._fit, self._reference.exact.told(advice.beyond))
             self._record = lack_of_fit.judged(self._record, self._fit, n)
         veto = left_out or _misfit(self._fit, self._record) or self._screen.doubt or self._reference.veto
@@ -370,7 +371,7 @@ class Session:
             would_stop_at=self._stopping.would_stop_at,
             regions=reports,
             next_pulse=None if verdict.stop else _suggestion(advice),
-            lack_of_fit=LackOfFit(**self._fit._asdict()),
+            lack_of_fit=LackOfFit(**self._fit._replace(outside=self._record.outside)._asdict()),
             posterior_source=self._reference.source,
             audit=self._reference.audit,
             valid_until_repetition=repetition + 1,

@@ -121,7 +121,7 @@ def run(
         meets_targets = not stopping.behind(rule, [region])
         advice = choice.advise(number + 1, course, followed, info, until_stop and meets_targets)
         fit = _fit(info, np.stack(images), noise, scene.described, record)
-        if meets_targets and advice is not None:
+        if advice is not None and (meets_targets or stopping.is_futile(rule, advice.remaining_gain)):
             fit = lack_of_fit.within_ranges(fit, follower.told(advice.beyond))
         record = lack_of_fit.judged(record, fit, number + 1)
         remaining = np.inf if advice is None else advice.remaining_gain

@@ -141,9 +141,9 @@ class Follower:
 
     def told(self, beyond: Float[np.ndarray, " nuisance"]) -> dict[str, float]:
         """How far beyond its range (`design.Answer`) each nuisance lies of which the images can tell."""
-        names = [*nuisance.coefficients(self._axes, self.mapped), "offset"]
+        names = [*nuisance.coefficients(self._axes, self.mapped), *(["offset"] if self._offset[1] > 0 else [])]
         readable = nuisance.readable(self._axes, self.mapped)
-        return {name: float(value) for name, value in zip(names, beyond, strict=False) if name in readable}
+        return {name: float(value) for name, value in zip(names, beyond, strict=True) if name in readable}
 
     def place(self, followed: Followed, info: Info, truth: Float[np.ndarray, "voxel 2"]) -> Place:
         """Where truths lie."""

@@ -93,6 +93,7 @@ def test_what_lies_beyond_its_range_is_a_refusal_that_names_it():
     fits = check(residuals(20), 20)
     assert lack_of_fit.within_ranges(fits, {"b0_ppm": 1.9, "offset": -np.inf}) == fits
     assert lack_of_fit.within_ranges(fits, {}) == fits
+    assert lack_of_fit.within_ranges(fits, {"b0_ppm": np.nan, "offset": 1.0}) == fits
     found = lack_of_fit.within_ranges(fits, {"b1_relative": 2.5, "b0_ppm": 4.0, "offset": -np.inf})
     assert (found.passed, found.outside) == (False, "b0_ppm")
     record = lack_of_fit.judged(lack_of_fit.init(), found, 12)

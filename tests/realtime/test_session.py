@@ -230,9 +230,23 @@ def test_a_stop_is_refused_where_what_was_not_measured_lies_beyond_its_range(sca
     narrow = {**scan.auxiliaries, "t1_s": Auxiliary(lower=2.2, upper=2.5)}
     stop = Stop(n_min=6, fraction_converged=0.5)
     decisions = play(session(scan.model_copy(update={"parameters": easy, "auxiliaries": narrow, "stop": stop})), frames)
+    refused = [decision for decision in decisions if not decision.lack_of_fit.passed]
+    assert len(refused) >= 2
+    for decision in refused:
+        assert (decision.lack_of_fit.outside, decision.cause) == ("t1_s", "veto")
+        assert "t1_s lies beyond the range that the scan states" in decision.reason
+
+
+def test_a_futile_scan_is_not_stopped_either(scan, frames):
+    """The targets are never met; that the rest of the schedule brings little is no reason to stop on a model that does not hold."""
+    narrow = {**scan.auxiliaries, "t1_s": Auxiliary(lower=2.2, upper=2.5)}
+    never = {name: parameter.model_copy(update={"target_halfwidth_relative": 1e-6}) for name, parameter in scan.parameters.items()}
+    stop = Stop(n_min=3, plateau_nat=100.0, confirmations=1)
+    decisions = play(session(scan.model_copy(update={"parameters": never, "auxiliaries": narrow, "stop": stop})), frames)
     assert decisions[-1].lack_of_fit.outside == "t1_s"
     assert decisions[-1].cause == "veto"
-    assert "t1_s lies beyond the range that the scan states" in decisions[-1].reason
+    true = play(session(scan.model_copy(update={"parameters": never, "stop": stop})), frames)
+    assert (true[-1].lack_of_fit.outside, true[-1].cause) == (None, "plateau")
 
 
 def test_a_dummy_as_the_first_image_is_refused(scan, frames):
