@@ -95,7 +95,7 @@ class Answer(eqx.Module):
     """Of the rest of the schedule together: what stopping would forgo."""
     beyond: Float[Array, " nuisance"]
     """Not a gain: how far beyond its range the images so far put each nuisance, in standard deviations of what they tell of it; median over the
-    voxels asked, of all regions together. Negative: not beyond. Of use where `nuisance.readable`."""
+    voxels asked, of all regions together. Negative: not beyond. Of use where `nuisance.told`."""
 
 
 class Quota(NamedTuple):
@@ -217,9 +217,8 @@ def fitted(question: Question) -> Fitted:
     return Fitted(whitener, jnp.einsum("vkmec,vkmc->vkme", whitener, projection), implied, variance, centring)
 
 
-def condition(question: Question, fit: Fitted | None = None) -> Conditional:
+def condition(question: Question, fit: Fitted) -> Conditional:
     """What the images so far say of amplitude and nuisances; mixture components by their evidence."""
-    fit = fitted(question) if fit is None else fit
     to_nodes = jnp.einsum("vic,vmin->vmnc", fit.centring, question.weights)
     root = jnp.einsum("vmnc,vkmec->vkmne", to_nodes, fit.whitener)
     return _mixed(_share(question, fit), jnp.einsum("vkmne,vkme->vkmn", root, fit.projected), root, fit.variance)
@@ -243,11 +242,10 @@ def overrun(question: Question, fit: Fitted) -> Float[Array, "voxel nuisance"]:
     m / (1 - V) with variance V / (1 - V). Images that leave more than `UNREAD` of the prior's variance tell too little.
     """
     joint = jnp.einsum("vkmec,vkme->vkmc", fit.whitener, fit.projected)
-    covariance = fit.variance[..., None, None] * jnp.einsum("vkmei,vkmej->vkmij", fit.whitener, fit.whitener)
     amplitude, scaled = joint[..., :1], joint[..., 1:]
     coefficient = scaled / amplitude
-    own = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    spread = (own[..., 1:] - 2 * coefficient * covariance[..., 0, 1:] + coefficient**2 * own[..., :1]) / amplitude**2
+    off = fit.whitener[..., 1:] - coefficient[..., None, :] * fit.whitener[..., :1]  # of the ratio, to first order
+    spread = fit.variance[..., None] * jnp.sum(off**2, axis=-2) / amplitude**2
     share = _share(question, fit)[..., None]
     centre = jnp.sum(share * coefficient, axis=2)
     within = jnp.sum(share * (spread + (coefficient - centre[:, :, None]) ** 2), axis=2)

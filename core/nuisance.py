@@ -107,13 +107,14 @@ def products(axes: Sequence[Axis], mapped: Collection[str]) -> list[tuple[int, i
     return [(i, places[axis.times]) for i, axis in enumerate(axes) if axis.times in places and axis.name not in mapped]
 
 
-def readable(axes: Sequence[Axis], mapped: Collection[str]) -> list[str]:
-    """Unmeasured nuisances whose coefficient tells where in its range each lies, and whether beyond.
+def told(axes: Sequence[Axis], mapped: Collection[str], values: Mapping[str, float]) -> dict[str, float]:
+    """Of values by the coefficients' names, those of what is not measured and whose coefficient tells where in its range it lies, and whether beyond.
 
-    The offset is one where it is not known, and so is B0, which has a slope at all but the pool's own offset. Relaxation times over more than an
-    octave are none: on those signals depend too unevenly.
+    B0 is one, for it has a slope at all but the pool's own offset, and so is the offset. Relaxation times over more than an octave are none: on
+    those signals depend too unevenly.
     """
-    return [*(axis.name for axis in axes if axis.name not in mapped and not (axis.logarithmic and axis.curved)), "offset"]
+    readable = {axis.name for axis in axes if axis.name not in mapped and not (axis.logarithmic and axis.curved)} | {"offset"}
+    return {name: value for name, value in values.items() if name in readable}
 
 
 def with_offset(columns: Float[np.ndarray, "mixture column node"], centre: float, sd: float) -> Float[np.ndarray, "mixture column_ node_"]:

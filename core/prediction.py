@@ -67,7 +67,7 @@ def predict(question: Question, signals: Float[Array, "voxel draw node 1"], weig
     weights
         By `mean_weights`.
     """
-    given = design.condition(question)
+    given = design.condition(question, design.fitted(question))
     signals = signals[..., 0]
     mean = jnp.einsum("vkn,vkn->vk", signals, given.mean[..., :-1]) + given.mean[..., -1]
     along = jnp.einsum("vkn,vknc->vkc", signals, given.root[..., :-1, :]) + given.root[..., -1, :]

@@ -202,9 +202,10 @@ def _block(tissue, saturation, train, kept: _Intervals) -> LongitudinalMap:
 
 def _saturation(tissue, saturation, train, pause) -> bm.Affine:
     """The map of Mz over the RF, by the closed form where there is one."""
-    dephases = tissue.dephases and train.n_pulses == 1 and train.shape == "block" and not train.spin_lock
+    is_constant = train.n_pulses == 1 and train.shape == "block" and not train.spin_lock
+    dephases = tissue.dephases and is_constant
     general = lambda: _mean_over_turn(tissue, saturation) if dephases else _saturation_in_general(tissue, saturation, train, pause)  # noqa: E731
-    if train.n_pulses > 1 or train.shape != "block" or train.spin_lock or len(tissue.pools) != 1 or tissue.pools[0].lineshape != "bloch":
+    if not is_constant or len(tissue.pools) != 1 or tissue.pools[0].lineshape != "bloch":
         return general()
     (pool,) = tissue.pools
     x = two_pool.scaled(tissue, GAMMA * saturation.b1 * tissue.b1, 2 * math.pi * saturation.offset_hz, saturation.t_sat)

@@ -91,7 +91,6 @@ class Reference:
         """Auxiliaries that come as maps."""
         lower, upper = bounds(scan.readout.offset)
         self._coefficients = [*nuisance.coefficients(self.model.axes, self.mapped), *(["offset"] if upper > lower else [])]
-        self._readable = frozenset(nuisance.readable(self.model.axes, self.mapped))
         self._n_mixture = math.prod(axis.n_slices for axis in self.model.axes if axis.name not in self.mapped)
         self._discrepancy = jnp.asarray(scan.noise.discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-posterior")
@@ -211,7 +210,7 @@ class Reference:
 
     def told(self, beyond: Float[np.ndarray, " nuisance"]) -> dict[str, float]:
         """How far beyond its range (`design.Answer`) each nuisance lies of which the images can tell."""
-        return {name: float(value) for name, value in zip(self._coefficients, beyond, strict=True) if name in self._readable}
+        return nuisance.told(self.model.axes, self.mapped, dict(zip(self._coefficients, map(float, beyond), strict=True)))
 
     @property
     def exact(self) -> Reference:

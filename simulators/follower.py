@@ -142,8 +142,7 @@ class Follower:
     def told(self, beyond: Float[np.ndarray, " nuisance"]) -> dict[str, float]:
         """How far beyond its range (`design.Answer`) each nuisance lies of which the images can tell."""
         names = [*nuisance.coefficients(self._axes, self.mapped), *(["offset"] if self._offset[1] > 0 else [])]
-        readable = nuisance.readable(self._axes, self.mapped)
-        return {name: float(value) for name, value in zip(names, beyond, strict=True) if name in readable}
+        return nuisance.told(self._axes, self.mapped, dict(zip(names, map(float, beyond), strict=True)))
 
     def place(self, followed: Followed, info: Info, truth: Float[np.ndarray, "voxel 2"]) -> Place:
         """Where truths lie."""

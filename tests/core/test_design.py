@@ -73,7 +73,8 @@ def test_amplitude_and_nuisance_given_the_images_are_the_gaussian_they_should_be
     rng = np.random.default_rng(1)
     columns, sigma, amplitude = np.stack([rng.uniform(0.3, 1, 6), rng.normal(0, 0.1, 6)], axis=1), 4.0, 1000.0
     signals = amplitude * columns @ [1.0, 0.5] + rng.normal(0, sigma, 6)
-    given = design.condition(question(columns, signals, sigma, np.eye(2)))
+    asked = question(columns, signals, sigma, np.eye(2))
+    given = design.condition(asked, design.fitted(asked))
     implied = (columns[:, 0] @ signals / (columns[:, 0] @ columns[:, 0])) ** 2
     precision = columns.T @ columns / sigma**2 + np.diag([0, 1 / implied])
     covariance = np.linalg.inv(precision)
@@ -122,7 +123,7 @@ def test_a_mixture_leans_to_the_component_that_explains_the_images():
         "gram": np.stack(both)[None, None],
         "projection": np.array([[wrong @ signals], [right @ signals]])[None, None],
     })  # fmt: skip
-    mean = np.asarray(design.condition(asked).mean)[0, 0]
+    mean = np.asarray(design.condition(asked, design.fitted(asked)).mean)[0, 0]
     assert mean[0] == pytest.approx(1000.0, rel=0.01)  # the right one reads the first node
     assert abs(mean[1]) < 1e-3 * mean[0]
 

@@ -131,3 +131,9 @@ def test_the_star_of_nodes_follows_products_as_the_tensor_grid_does():
     np.testing.assert_allclose(predictive.columns(star, {}) @ on_star, nuisance.columns((*chain, *tissue), {}) @ on_grid, atol=1e-9)
     known = {"t1_s": Measured(1.4, 0.1)}
     assert len(predictive.columns(star, known)[0]) == len(nuisance.columns((*chain, *tissue), known)[0])
+
+
+def test_what_is_measured_or_bends_too_much_tells_nothing_of_its_range():
+    axes = [B1, Axis("b0_ppm", -0.1, 0.1, curved=True), T1._replace(curved=True), CARRY]
+    names = [*nuisance.coefficients(axes, ["b1_relative"]), "offset"]
+    assert set(nuisance.told(axes, ["b1_relative"], dict.fromkeys(names, 1.0))) == {"b0_ppm", "carry_over", "offset"}

@@ -259,24 +259,19 @@ def test_a_voxel_reads_the_mean_of_its_spins(second_pool, b1_ut, t_sat):
     np.testing.assert_allclose(found, shares @ coherent, atol=3e-5)
 
 
-def test_where_t2_damps_every_turn_a_voxel_is_a_spin():
-    block = make_saturation(4.3, t_sat=1.2, t_rec=0.0)
-    both = (voxel(0.05, np.linspace(-30, 30, 5), dephases=dephases) for dephases in (True, False))
-    ours, theirs = (saturation_map(each, block, train=Train()).matrix for each in both)
-    np.testing.assert_allclose(ours, theirs, atol=1e-7)
-
-
 @pytest.mark.parametrize("t2", [0.05, 0.3, 1.4])
 @pytest.mark.parametrize(
-    ("b1_ut", "offset_hz", "t_sat"), [(2.0, 0.0, 0.5), (4.0, 60.0, 0.5), (1.0, 60.0, 0.3), (4.0, 300.0, 0.5), (4.0, -1200.0, 1.2)]
+    ("b1_ut", "offset_hz", "t_sat", "error"),
+    [(2.0, 0.0, 0.5, 1e-8), (4.0, 60.0, 0.5, 1e-8), (1.0, 60.0, 0.3, 4e-4), (4.0, 300.0, 0.5, 5e-5), (4.0, -1200.0, 1.2, 5e-6)],
 )
-def test_a_voxel_is_the_same_whether_the_closed_form_applies_or_not(t2, b1_ut, offset_hz, t_sat):
+def test_a_voxel_is_the_same_whether_the_closed_form_applies_or_not(t2, b1_ut, offset_hz, t_sat, error):
+    """Near water it is exactly so; else two ends stand for the turn, and the worse the more the field is tilted (by 36, 30, 8 degrees)."""
     block = make_saturation(b1_ut, offset_hz=offset_hz, t_sat=t_sat, t_rec=0.0)
     read = []
     for second_pool in (False, True):
         voxels = voxel(t2, np.linspace(-1, 1, 5), second_pool)
         read.append(saturation_map(voxels, block, train=Train())(signal.equilibrium(voxels))[0])
-    np.testing.assert_allclose(*read, atol=4e-4)  # two ends stand for the turn; worst where the field is tilted most
+    np.testing.assert_allclose(*read, rtol=0, atol=error)
 
 
 @pytest.mark.parametrize("offset_hz", [0.0, 60.0])
