@@ -6,6 +6,7 @@
     python benchmarks/promises.py steering SCAN [DRAWS] [SEED]     scenes of six voxels to the published schedule's last area: what steering saves
     python benchmarks/promises.py priors SCAN [SCENES]             scenes of 64 voxels drawn from the priors, under the pulses of other steered scans
     python benchmarks/promises.py quadrature SCAN                  64 voxels of a real scan, beside every range cut in two slices
+    python benchmarks/promises.py resolution SCAN [PERMILLE]       64 voxels drawn from the priors, noise in M0/1000: beside a lattice of 112 x 112
     python benchmarks/promises.py means SCAN [SCENES]              regions drawn from the priors: do the intervals of their means hold the truth?
     python benchmarks/promises.py widths SCAN                      the same voxels: what each unmeasured range costs in width
 
@@ -31,6 +32,7 @@ import numpy as np
 from rich.progress import Progress
 
 from scansteer.core.noise import NoiseEstimate
+from scansteer.protocols import forward
 from scansteer.protocols.prospect import Prospect
 from scansteer.protocols.scan import Range, SaturationBlock, Scan, load
 from scansteer.realtime.images import Frame
@@ -58,6 +60,8 @@ N_QUADRATURE = 64
 """Voxels of both."""
 MEANS_AT = 3, 5, 8, 12, 18, 30
 """Numbers of images at which `means` looks."""
+N_RESOLUTION, N_FINER = 64, 112
+"""Voxels of `resolution`, and its finer lattice's points along each side."""
 BEHIND_A_MEAN = 160
 """Independent voxels behind each mean there: as many as in a vial."""
 WRONG_BY = 0.0, 0.0025, 0.006
@@ -157,6 +161,8 @@ def _listed(numbers: list[int]) -> str:
 def loops(name: str, runs: int = 200, *worlds: str) -> None:
     """Print one line per world."""
     scan = load(name)
+    if unknown := set(worlds) - set(world.WORLDS):
+        sys.exit(f"No world is called {', '.join(sorted(unknown))}; there are {', '.join(world.WORLDS)}.")
     with Progress(disable=True) as progress, ThreadPoolExecutor(1) as pool:
         mapped = world.mapped_auxiliaries(scan)
         shared = study.Study(scan, Prospect(scan), Follower(scan, mapped), seed=0)
@@ -251,6 +257,27 @@ def quadrature(name: str) -> None:
                   f"sd {np.median(wider):.2f} of the finer one's ({spread})", flush=True)  # fmt: skip
 
 
+def resolution(name: str, permille: int = 5) -> None:
+    """Print how far the posterior moves where the lattice has more than twice as many points along each side; the model exact, no discrepancy."""
+    scan = load(name)
+    exact = scan.model_copy(update={"noise": scan.noise.model_copy(update={"discrepancy": 0.0})})
+    scene = world.from_priors(scan, N_RESOLUTION, (17,))
+    scene = replace(scene, sigma=1e-3 * permille * float(np.mean(scene.amplitude)))
+    plain, finer = (Reference(exact, list(scene.maps), n_points) for n_points in (forward.N_POINTS, (N_FINER, N_FINER)))
+    scanner, noise = world.Scanner(scene), NoiseEstimate(scene.sigma, 200.0)
+    print(f"\n## {name}: noise of {permille / 1000:.1%} of M0, {plain.prior.box.n_points} points\n")
+    for n, block in enumerate(scan.schedule, 1):
+        signal = scanner.play(block)
+        for each in (plain, finer) if n == 1 else ():
+            each.begin(dict(scene.maps), signal)
+        ours, theirs = (each.absorb(signal, noise, block, first=n == 1).summary for each in (plain, finer))
+        if n in QUADRATURE_AT:
+            sds = [np.sqrt(np.diagonal(each.covariance, axis1=1, axis2=2)) for each in (ours, theirs)]
+            off = {"mean": (ours.mean - theirs.mean) / sds[1], "sd": np.log(sds[0] / sds[1]), "area": np.log(ours.cr_area / theirs.cr_area)}
+            found = (f"{what} rms {np.sqrt(np.mean(x**2)):.3f}, worst {np.max(np.abs(x)):.3f}" for what, x in off.items())
+            print(f"n = {n}: {'; '.join(found)}", flush=True)
+
+
 def widths(name: str) -> None:
     """Print the half-widths as described, and with each unmeasured range, and the discrepancy, known to be at its centre."""
     scan, recording, signals, maps = _measured(name)
@@ -340,7 +367,7 @@ def _rounded(value: object) -> object:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["real"]
-    if what in (by_name := {each.__name__: each for each in (loops, anatomy, steering, priors, quadrature, widths, means)}):
+    if what in (by_name := {each.__name__: each for each in (loops, anatomy, steering, priors, quadrature, resolution, widths, means)}):
         by_name[what](rest[0], *(int(each) if each.isdigit() else each for each in rest[1:]))  # type: ignore[arg-type]
     else:
         for scan_name in rest or FILES:

@@ -121,8 +121,11 @@ def fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None =
         linear = _total(along * mixed for along, mixed in zip(t, factor.mixed, strict=True))
         square = jnp.sum(shift**2, axis=0) - ridge * _total(along**2 for along in t)
         power = power + ridge * (2 * linear + square)
+    # the barriers have what follows computed once, not once per reader inside fused loops
+    rhs, power, explained = jax.lax.optimization_barrier((rhs, power, _total([jnp.zeros_like(rhs), *(each**2 for each in y[1:])])))
     amplitude, excess = held(rhs / power, power, LEAST_AMPLITUDE * jnp.sqrt(factor.implied))
-    residual = jnp.maximum(sums.energy - _total([jnp.zeros(()), *(each**2 for each in y[1:])]) - rhs * (rhs / power), 0.0) + excess
+    residual = jnp.maximum(sums.energy - explained - rhs * (rhs / power), 0.0) + excess
+    residual, amplitude = jax.lax.optimization_barrier((residual, amplitude))
     occam = factor.determinant * power * amplitude**2
     log_likelihood = _student(occam, factor.variance, residual, noise.dof, sums.n_images)
     return _mix(log_likelihood, residual.astype(jnp.float32), amplitude.astype(jnp.float32))
