@@ -8,7 +8,7 @@
     python benchmarks/promises.py quadrature SCAN                  64 voxels of a real scan, beside every range cut in two slices
     python benchmarks/promises.py resolution SCAN [PERMILLE]       64 voxels drawn from the priors, noise in M0/1000: beside a lattice of 112 x 112
     python benchmarks/promises.py means SCAN [SCENES]              regions drawn from the priors: do the intervals of their means hold the truth?
-    python benchmarks/promises.py widths SCAN                      the same voxels: what each unmeasured range costs in width
+    python benchmarks/promises.py widths SCAN                      the voxels of `quadrature`: what each unmeasured range costs in width
 
 Errors of a real scan are against its own last image. For "moves as it says", z = (theta_n - theta_30) / sqrt(V_n - V_30) should have an rms
 of 1; V is that of a normal with the width of the 95 % interval. Voxels whose V shrank by less than a twentieth since n have no z, and are counted.
@@ -53,11 +53,11 @@ VIALS = ((24, 18), (25, 44), (44, 30))
 """Centres (row, column) in the phantom."""
 VIAL_RADIUS_SQUARED = 130
 QUADRATURE_AT = 3, 8, 18, 30
-"""Numbers of images at which `quadrature` looks."""
+"""Numbers of images at which `quadrature` and `resolution` look."""
 WIDTHS_AT = 18, 30
 """The same of `widths`."""
 N_QUADRATURE = 64
-"""Voxels of both."""
+"""Voxels of `quadrature` and `widths`."""
 MEANS_AT = 3, 5, 8, 12, 18, 30
 """Numbers of images at which `means` looks."""
 N_RESOLUTION, N_FINER = 64, 112
@@ -261,7 +261,7 @@ def resolution(name: str, permille: int = 5) -> None:
     """Print how far the posterior moves where the lattice has more than twice as many points along each side; the model exact, no discrepancy."""
     scan = load(name)
     exact = scan.model_copy(update={"noise": scan.noise.model_copy(update={"discrepancy": 0.0})})
-    scene = world.from_priors(scan, N_RESOLUTION, (17,))
+    scene = world.from_priors(exact, N_RESOLUTION, (17,))
     scene = replace(scene, sigma=1e-3 * permille * float(np.mean(scene.amplitude)))
     plain, finer = (Reference(exact, list(scene.maps), n_points) for n_points in (forward.N_POINTS, (N_FINER, N_FINER)))
     scanner, noise = world.Scanner(scene), NoiseEstimate(scene.sigma, 200.0)

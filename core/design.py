@@ -29,7 +29,7 @@ from scansteer.core.nuisance import END_OF_RANGE
 from scansteer.core.whitening import log_determinant, whiten
 
 N_DRAWS = 16
-NARROW = 1.5
+NARROW = 1.3
 """A posterior whose smaller principal standard deviation is less than this [lattice steps] is linearised: draws on the lattice would
 blur what is known best, and pulses would be chosen that measure it once more."""
 
@@ -42,7 +42,9 @@ class Draws(NamedTuple):
 
     cells: Int[np.ndarray, "voxel draw"]
     weights: Float[np.ndarray, "voxel draw"]
-    """Sum to 1."""
+    """Of what varies little over the posterior; sum to 1, none is negative."""
+    mean_weights: Float[np.ndarray, "voxel draw"]
+    """How x at the draws makes up its mean over the posterior; sum to 1."""
     contrast: Float[np.ndarray, "voxel form draw"]
     """Variance of x over the posterior = sum over `form` of (contrast @ x)^2."""
 
@@ -74,7 +76,9 @@ class Question(eqx.Module):
     shift: Float[Array, "voxel nuisance"]
     """Known means of the nuisances' coefficients."""
     draw_weights: Float[Array, "voxel draw"]
+    mean_weights: Float[Array, "voxel draw"]
     contrast: Float[Array, "voxel form draw"]
+    """These three as in `Draws`."""
     importance: Float[Array, " voxel"]
     """Sums to 1."""
     variance: Float[Array, ""]
@@ -95,7 +99,7 @@ class Answer(eqx.Module):
     """Of the rest of the schedule together: what stopping would forgo."""
     beyond: Float[Array, " nuisance"]
     """Not a gain: how far beyond its range the images so far put each nuisance, in standard deviations of what they tell of it; median over the
-    voxels asked, of all regions together. Negative: not beyond. Of use where `nuisance.told`."""
+    voxels asked, of all regions together. Negative: not beyond. Of use for those that `nuisance.told` keeps."""
 
 
 class Quota(NamedTuple):
@@ -249,7 +253,7 @@ def overrun(question: Question, fit: Fitted) -> Float[Array, "voxel nuisance"]:
     share = _share(question, fit)[..., None]
     centre = jnp.sum(share * coefficient, axis=2)
     within = jnp.sum(share * (spread + (coefficient - centre[:, :, None]) ** 2), axis=2)
-    mean = jnp.einsum("vk,vkc->vc", question.draw_weights, centre)
+    mean = jnp.einsum("vk,vkc->vc", question.mean_weights, centre)
     variance = jnp.einsum("vk,vkc->vc", question.draw_weights, within)
     variance = variance + jnp.sum(jnp.einsum("vhk,vkc->vhc", question.contrast, centre) ** 2, axis=1)
     told = jnp.maximum(1 - variance, 1 - UNREAD)
@@ -340,11 +344,14 @@ def _systematic(mass: Float[np.ndarray, "voxel cell"], start: Float[np.ndarray, 
     cells = np.stack([np.searchsorted(row, place) for row, place in zip(cumulated, places, strict=True)])
     centring = (np.eye(N_DRAWS) - 1 / N_DRAWS) / np.sqrt(N_DRAWS)
     uniform = np.full(cells.shape, 1 / N_DRAWS)
-    return Draws(np.minimum(cells, mass.shape[1] - 1), uniform, np.broadcast_to(centring, (len(mass), N_DRAWS, N_DRAWS)))
+    return Draws(np.minimum(cells, mass.shape[1] - 1), uniform, uniform, np.broadcast_to(centring, (len(mass), N_DRAWS, N_DRAWS)))
 
 
 def _about(centre: Float[np.ndarray, "voxel 2"], in_steps: Float[np.ndarray, "voxel 2 2"], n_points: tuple[int, int]) -> Draws:
-    """The cell nearest to the mean and its four neighbours; the contrast is a root of the covariance times their differences."""
+    """The cell nearest to the mean and its four neighbours, for the gradient: along it one moves on from the cell to the mean.
+
+    The contrast is a root of the covariance times the gradient.
+    """
     n = np.array(n_points)
     nearest = np.clip(np.rint(centre), 1, n - 2).astype(int)
     root = np.linalg.cholesky(in_steps + 1e-9 * np.eye(2))
@@ -356,7 +363,8 @@ def _about(centre: Float[np.ndarray, "voxel 2"], in_steps: Float[np.ndarray, "vo
     contrast[:, :2] = np.swapaxes(root, 1, 2) @ gradient
     weights = np.zeros((len(centre), N_DRAWS))
     weights[:, 0] = 1.0
-    return Draws(at[:, :, 0] * n[1] + at[:, :, 1], weights, contrast)
+    mean_weights = weights + np.clip(centre - nearest, -1, 1) @ gradient
+    return Draws(at[:, :, 0] * n[1] + at[:, :, 1], weights, mean_weights, contrast)
 
 
 def _in_steps(

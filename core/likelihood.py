@@ -121,7 +121,7 @@ def fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None =
         linear = _total(along * mixed for along, mixed in zip(t, factor.mixed, strict=True))
         square = jnp.sum(shift**2, axis=0) - ridge * _total(along**2 for along in t)
         power = power + ridge * (2 * linear + square)
-    # the barriers have what follows computed once, not once per reader inside fused loops
+    # the barriers have their arguments computed once, not anew in every reader inside fused loops
     rhs, power, explained = jax.lax.optimization_barrier((rhs, power, _total([jnp.zeros_like(rhs), *(each**2 for each in y[1:])])))
     amplitude, excess = held(rhs / power, power, LEAST_AMPLITUDE * jnp.sqrt(factor.implied))
     residual = jnp.maximum(sums.energy - explained - rhs * (rhs / power), 0.0) + excess

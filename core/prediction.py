@@ -18,8 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from scansteer.core import design
-from scansteer.core.design import Draws, Question
-from scansteer.core.lattice import Box
+from scansteer.core.design import Question
 
 SD_OF_MAD = 1.4826
 """Standard deviation of a normal over its median absolute deviation."""
@@ -40,22 +39,7 @@ def of_region(mean: Float[np.ndarray, " voxel"], variance: Float[np.ndarray, " v
     return Prediction(mean, np.sqrt(variance), np.sqrt(shared))
 
 
-def mean_weights(drawn: Draws, mean: Float[np.ndarray, "voxel 2"], box: Box) -> Float[np.ndarray, "voxel draw"]:
-    """How what holds at the draws makes up the posterior's mean.
-
-    Where a posterior is narrow its draws are the cell nearest to its mean and that cell's neighbours (two along f, two along k): from the cell
-    one moves on to the mean along the gradient.
-    """
-    is_narrow = drawn.weights[:, 0] == 1.0
-    centre = np.stack([box.in_numpy().position(axis, mean[:, axis].astype(float)) for axis in (0, 1)], axis=1)
-    off = centre - np.stack(np.divmod(drawn.cells[:, 0], box.n_points[1]), axis=1)
-    half = 0.5 * np.clip(off, -1, 1) * is_narrow[:, None]
-    weights = np.array(drawn.weights, float)
-    weights[:, 1:5] += np.stack([half[:, 0], -half[:, 0], half[:, 1], -half[:, 1]], axis=1)
-    return weights
-
-
-def predict(question: Question, signals: Float[Array, "voxel draw node 1"], weights: Float[Array, "voxel draw"]) -> tuple[Array, Array]:
+def predict(question: Question, signals: Float[Array, "voxel draw node 1"]) -> tuple[Array, Array]:
     """Mean and variance of one image in every voxel asked about [pixel units].
 
     Parameters
@@ -64,8 +48,6 @@ def predict(question: Question, signals: Float[Array, "voxel draw node 1"], weig
         As it was asked after the latest image.
     signals
         Of the next image at the draws, by `predictive.at_draws`.
-    weights
-        By `mean_weights`.
     """
     given = design.condition(question, design.fitted(question))
     signals = signals[..., 0]
@@ -73,7 +55,7 @@ def predict(question: Question, signals: Float[Array, "voxel draw node 1"], weig
     along = jnp.einsum("vkn,vknc->vkc", signals, given.root[..., :-1, :]) + given.root[..., -1, :]
     blur = jnp.sum(question.draw_weights * given.variance * (1 + jnp.sum(along**2, axis=-1)), axis=1)
     spread = jnp.sum(jnp.einsum("vhk,vk->vh", question.contrast, mean) ** 2, axis=1)
-    return jnp.sum(weights * mean, axis=1), blur + spread
+    return jnp.sum(question.mean_weights * mean, axis=1), blur + spread
 
 
 def surprise(prediction: Prediction, signal: Float[np.ndarray, " voxel"]) -> float:

@@ -5,7 +5,7 @@ fss and kssw.
 """
 
 from scansteer.protocols import amide_mouse, mt_human
-from scansteer.protocols.scan import Limits, Parameter, Pool, Range, Scan
+from scansteer.protocols.scan import Auxiliary, Limits, Parameter, Pool, Range, Scan
 
 SCAN = Scan.model_validate(
     mt_human.SCAN.model_dump()
@@ -18,7 +18,11 @@ SCAN = Scan.model_validate(
         ),
         "parameters": {"fs": Parameter(lower=0.0, upper=1e-2), "ksw": Parameter(lower=50.0, upper=550.0)},
         "schedule": amide_mouse.SCAN.schedule,
-        "auxiliaries": dict(mt_human.AUXILIARIES) | {name: amide_mouse.SCAN.auxiliaries[name] for name in ("fss", "kssw")},
+        "auxiliaries": dict(mt_human.AUXILIARIES)
+        | {
+            "fss": Auxiliary(lower=0.0, upper=0.30, map_error_relative=0.1),
+            "kssw": Auxiliary(lower=0.0, upper=70.0, map_error_relative=0.25),
+        },
         "limits": Limits.model_validate(mt_human.LIMITS.model_dump() | {"offset_ppm": Range(lower=-5.0, upper=5.0)}),
     }
 )

@@ -21,7 +21,7 @@ SCAN = Scan.model_validate(
         ),
         "auxiliaries": dict(mt_mouse.SCAN.auxiliaries)
         | {
-            "fss": Auxiliary(lower=0.0, upper=0.30, map_error_relative=0.1),
+            "fss": Auxiliary(lower=0.0, upper=0.30, map_error_relative=0.18),  # half-widths of the MT scan's targets, over 1.96
             "kssw": Auxiliary(lower=0.0, upper=70.0, map_error_relative=0.25),
         },
         "limits": Limits.model_validate(mt_mouse.SCAN.limits.model_dump() | {"offset_ppm": Range(lower=-5.0, upper=5.0)}),

@@ -35,12 +35,16 @@ class Model(NamedTuple):
 
 def model(scan: Scan, n_points: tuple[int, int] = N_POINTS, n_slices: int = 1) -> Model:
     """Assemble the arrays; nothing is simulated yet. Ranges of nuisances are cut into `n_slices` (core.nuisance)."""
-    fraction, rate = scan.parameters.values()
-    lower, upper = jnp.array([fraction.lower, rate.lower]), jnp.array([fraction.upper, rate.upper])
-    prior = grid_posterior.make_prior(lower, upper, n_points, (fraction.prior, rate.prior))
     chain, tissue = (tuple(axis._replace(n_slices=n_slices) for axis in axes) for axes in (chain_axes(scan), tissue_axes(scan)))
     forward = simulated(scan, (chain, nuisance.tensor_nodes(chain)), (tissue, nuisance.tensor_nodes(tissue)))
-    return Model(chain, tissue, forward, prior)
+    return Model(chain, tissue, forward, prior(scan, n_points))
+
+
+def prior(scan: Scan, n_points: tuple[int, int]) -> Prior:
+    """The scan's prior on a lattice of so many points along f and along k."""
+    fraction, rate = scan.parameters.values()
+    lower, upper = jnp.array([fraction.lower, rate.lower]), jnp.array([fraction.upper, rate.upper])
+    return grid_posterior.make_prior(lower, upper, n_points, (fraction.prior, rate.prior))
 
 
 def coarse(scan: Scan, at_most: int = 3, n_points: int = predictive.N_POINTS) -> tuple[predictive.Star, Forward]:

@@ -3,8 +3,8 @@
 Vladimirov et al., Nat. Protoc. 2025, doi 10.1038/s41596-025-01152-w. The semisolid pool is a Lorentzian of T2 = 40 us at the
 water frequency, standing in for a super-Lorentzian of 10 us (it fits the published mouse at 2.5 %, the publishers' 10 us at 6 %).
 
-No B1 map came with the published scans. Far from water, B1 that is x times too high reads as x^2 f and k / x^2, in every image: unknown within 10 %
-it alone leaves f a half-width of a quarter. The target for f is what can be met so; with a B1 map ask for less.
+No B1 map came with the published scans. Far from water, a true B1 of x times the nominal one reads as x^2 f and k / x^2, to 0.3 % of M0 in all
+images: unknown within 10 % it alone leaves f a half-width of a quarter. The target for f is what steering can meet so; with a B1 map ask for less.
 """
 
 from scansteer.protocols.scan import (

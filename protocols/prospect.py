@@ -225,7 +225,7 @@ class Prospect:
         return advice._replace(block=self.candidates.block(chosen), gain=float(gains[chosen]))
 
     def _is_described(self) -> tuple[Bool[np.ndarray, " candidate"], Bool[np.ndarray, " probe"]]:
-        """The likelihood takes nuisances to first order, few to second; along none may a pulse bend more than the schedule does.
+        """The likelihood takes nuisances to first order, few to second; along none may a pulse bend more than the schedule does, or than negligibly.
 
         (With B0 and B1 unknown, strong pulses near water bend so much that no posterior that used them would hold.)
         """

@@ -38,7 +38,6 @@ class Advisor:
         self._at_draws, self._predict = jax.jit(predictive.at_draws), jax.jit(prediction.predict)
         self._asked: tuple[Question, Rows] | None = None
         self._sample = np.zeros(0, int)
-        self._mean_weights = np.zeros((0, 0))
 
     @property
     def candidates(self) -> Blocks:
@@ -71,7 +70,7 @@ class Advisor:
         assert self._asked is not None
         question, rows = self._asked
         signals = self._at_draws(self._prospect.read(self._course, block), rows)
-        mean, variance = self._predict(question, signals, self._mean_weights)
+        mean, variance = self._predict(question, signals)
         return np.asarray(mean, float), np.asarray(variance, float)
 
     def advise(
@@ -103,7 +102,7 @@ class Advisor:
         voxels, importance = sampled(regions, summary.mean)
         seed = design.seed_of(self.scan.name, repetition)
         drawn = design.draw(reference.log_posterior(voxels), summary.mean[voxels], summary.covariance[voxels], box, seed)
-        self._sample, self._mean_weights = voxels, prediction.mean_weights(drawn, summary.mean[voxels], box)
+        self._sample = voxels
         running = reference.running(voxels, drawn.cells)
         question = Question(
             weights=np.stack([self._prospect.columns(maps) for maps in running.maps]),
@@ -113,6 +112,7 @@ class Advisor:
             n_images=jnp.asarray(running.n_images),
             shift=running.shift,
             draw_weights=drawn.weights,
+            mean_weights=drawn.mean_weights,
             contrast=drawn.contrast,
             importance=importance,
             variance=jnp.asarray(noise.sigma**2),

@@ -21,6 +21,7 @@ from scansteer.core import blocks, dictionary, grid_posterior, likelihood, nuisa
 from scansteer.core.code_generation import for_blocks_of_voxels, for_large_programs
 from scansteer.core.errors import InputError
 from scansteer.core.grid_posterior import Info, OnLattice, Prior
+from scansteer.core.lattice import Box
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.nuisance import Measured
@@ -228,13 +229,15 @@ class Reference:
         none = np.zeros(len(next(iter(known.values()))))
         return Linearised(measured, weights, jnp.asarray(np.stack([known.get(name, none) for name in self._coefficients])))
 
-    def columns(self, weights: Float[jax.Array, "mixture column node"], expected: Float[jax.Array, "node point"]) -> jax.Array:
-        """The likelihood's columns of one image, (column, mixture, cell)."""
-        return self._columns(weights, expected, self.prior.box)
+    def columns(
+        self, weights: Float[jax.Array, "mixture column node"], expected: Float[jax.Array, "node point"], box: Box | None = None
+    ) -> jax.Array:
+        """The likelihood's columns of one image, (column, mixture, cell); on the reference's own lattice or another."""
+        return self._columns(weights, expected, box or self.prior.box)
 
-    def empty(self, n_voxels: int) -> Sums:
-        """Running sums without any image."""
-        return likelihood.init(n_voxels, self._n_mixture, len(self._coefficients) + 1, self.prior.box.n_cells)
+    def empty(self, n_voxels: int, box: Box | None = None) -> Sums:
+        """Running sums without any image, on the same lattice as `columns`."""
+        return likelihood.init(n_voxels, self._n_mixture, len(self._coefficients) + 1, (box or self.prior.box).n_cells)
 
     def clipped(self, name: str, values: np.ndarray) -> np.ndarray:
         """An auxiliary's values, within its range."""

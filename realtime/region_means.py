@@ -24,11 +24,14 @@ from scansteer.core.code_generation import for_blocks_of_voxels
 from scansteer.core.grid_posterior import Info, OnLattice, Prior
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
+from scansteer.protocols import forward
 from scansteer.realtime.reference import Linearised, Reference
 
 EXTRA = 0.001, 0.002, 0.004, 0.008
 """Standard deviations of the model's error beyond the scan's discrepancy [fraction of M0]. The two-pool model leaves 0.2 to 0.3 % of the
 vials of the published phantom."""
+N_POINTS = (56, 56)
+"""Lattice over the box. Finer than that of voxels: means are narrower."""
 TOGETHER = 8
 """Posteriors described at a time: those of two regions. Time grows with the number of regions; a single one is padded to this."""
 
@@ -42,15 +45,18 @@ class _Region(NamedTuple):
 class RegionMeans:
     """The posterior of every region's mean signal, one image at a time."""
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, n_points: tuple[int, int] = N_POINTS) -> None:
         """Compile: seconds.
 
         Parameters
         ----------
         reference
-            Whose dictionary, prior and discrepancy are used; it plays the pulses.
+            Whose dictionary and discrepancy are used; it plays the pulses.
+        n_points
+            Lattice over the box of (f, k).
         """
         self._reference = reference
+        self._prior = forward.prior(reference.scan, n_points)
         self._discrepancy = jnp.hypot(reference.scan.noise.discrepancy, jnp.asarray(EXTRA))
         self._step = jax.jit(_step, donate_argnums=0, compiler_options=for_blocks_of_voxels())
         self._describe = jax.jit(grid_posterior.describe, compiler_options=for_blocks_of_voxels())
@@ -75,18 +81,19 @@ class RegionMeans:
         self._regions = [
             _Region(at, max(fraction * len(at), 1.0), self._reference.linearised(each)) for at, each in zip(regions, means, strict=True)
         ]
-        self._sums = [self._reference.empty(1) for _ in regions]
+        self._sums = [self._reference.empty(1, self._prior.box) for _ in regions]
 
     def absorb(self, expected: Float[jax.Array, "node point"], signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate) -> Info:
         """Add one image whose expected signals are known, and infer; NumPy leaves over all regions."""
-        shared = None if self._reference.mapped else self._reference.columns(self._regions[0].linearised.weights, expected)
+        box = self._prior.box
+        shared = None if self._reference.mapped else self._reference.columns(self._regions[0].linearised.weights, expected, box)
 
         def one(number: int) -> OnLattice:
             region = self._regions[number]
             mean = jnp.asarray(signal[region.voxels].mean(keepdims=True), jnp.float64)
             here = Noise(jnp.asarray(noise.sigma / np.sqrt(region.n_independent)), jnp.asarray(noise.dof), self._discrepancy)
-            columns = self._reference.columns(region.linearised.weights, expected) if shared is None else shared
-            self._sums[number], posterior = self._step(self._sums[number], columns, mean, here, self._reference.prior, region.linearised.shift)
+            columns = self._reference.columns(region.linearised.weights, expected, box) if shared is None else shared
+            self._sums[number], posterior = self._step(self._sums[number], columns, mean, here, self._prior, region.linearised.shift)
             return jax.tree.map(np.asarray, posterior)
 
         found = jax.tree.map(lambda *leaves: np.concatenate(leaves), *self._pool.map(one, range(len(self._regions))))
@@ -100,7 +107,7 @@ class RegionMeans:
             rows = np.minimum(np.arange(first, first + TOGETHER), n - 1)
             few = jax.tree.map(lambda leaf, rows=rows: leaf[rows], posteriors)
             on_lattice = OnLattice(few.log_posterior, few.residual.T, few.amplitude.T, few.energy, few.power[0])
-            parts.append(jax.block_until_ready(self._describe(on_lattice, self._reference.prior)))
+            parts.append(jax.block_until_ready(self._describe(on_lattice, self._prior)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)
 
     @property

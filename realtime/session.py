@@ -353,10 +353,12 @@ class Session:
         is_enough = self._stopping.would_stop_at is None and meets_targets
         advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), self._estimate, repetition, is_enough)
         may_stop = meets_targets or stopping.is_futile(self._rule, advice.remaining_gain)
+        told = {}
         if may_stop and left_out is None:
-            self._fit = lack_of_fit.within_ranges(self._fit, self._reference.exact.told(advice.beyond))
+            told = self._reference.exact.told(advice.beyond)
+            self._fit = lack_of_fit.within_ranges(self._fit, told)
             self._record = lack_of_fit.judged(self._record, self._fit, n)
-        veto = left_out or _misfit(self._fit, self._record) or self._screen.doubt or self._reference.veto
+        veto = left_out or _misfit(self._fit, self._record) or _doubt(told) or self._screen.doubt or self._reference.veto
         self._stopping, verdict = stopping.update(self._rule, self._stopping, n, progress, veto, advice.remaining_gain)
         self._n_decisions += 1
         return Decision(
@@ -431,6 +433,12 @@ def _misfit(fit: lack_of_fit.Check, record: lack_of_fit.Record) -> str | None:
     said += [] if fit.statistic is None else [f"residual variance {fit.statistic:.1f} x noise"]
     said += [] if fit.prediction is None else [f"prediction errors {fit.prediction:.1f} x expected"]
     return f"The model does not fit since image {record.refused_at}: {', '.join(said)}; continue the approved schedule."
+
+
+def _doubt(told: dict[str, float]) -> str | None:
+    """Why a stop waits for what may lie beyond its range."""
+    name = lack_of_fit.doubtful(told)
+    return name and f"{name} may lie beyond the range that the scan states, by {told[name]:.1f} standard deviations: a stop waits until images tell."
 
 
 def versions() -> dict[str, str]:

@@ -76,8 +76,8 @@ class Adaptive:
 
     def advise(self, number: int, course: Course, followed: Followed, info: Info, is_enough: bool) -> Advice:
         """What to play as image `number` (0-based) given all that is known; `is_enough` as in `Prospect.advise`."""
-        question, rows, mean_weights = self._follower.question(followed, info, self._prospect, self._noise)
-        self._foresee = lambda course, block: self._follower.foresee(self._prospect.read(course, block), question, rows, mean_weights)
+        question, rows = self._follower.question(followed, info, self._prospect, self._noise)
+        self._foresee = lambda course, block: self._follower.foresee(self._prospect.read(course, block), question, rows)
         return self._prospect.advise(course, self._prospect.answer(course, question, rows, number), is_enough)
 
 
@@ -121,11 +121,14 @@ def run(
         meets_targets = not stopping.behind(rule, [region])
         advice = choice.advise(number + 1, course, followed, info, until_stop and meets_targets)
         fit = _fit(info, np.stack(images), noise, scene.described, record)
+        told = {}
         if advice is not None and (meets_targets or stopping.is_futile(rule, advice.remaining_gain)):
-            fit = lack_of_fit.within_ranges(fit, follower.told(advice.beyond))
+            told = follower.told(advice.beyond)
+        fit = lack_of_fit.within_ranges(fit, told)
         record = lack_of_fit.judged(record, fit, number + 1)
         remaining = np.inf if advice is None else advice.remaining_gain
-        state, verdict = stopping.update(rule, state, number + 1, [region], None if fit.passed else "lack of fit", remaining)
+        veto = lack_of_fit.doubtful(told) if fit.passed else "lack of fit"
+        state, verdict = stopping.update(rule, state, number + 1, [region], veto, remaining)
         infos.append(info.summary)
         places.append(follower.place(followed, info, truth))
         blocks.append(block)

@@ -107,8 +107,8 @@ class Follower:
         n, power = followed.n_images + 1, float(noise.dof) + followed.n_images
         return replace(followed, state=state, sums=sums, n_images=n, log_posterior=log_posterior, power=power), info
 
-    def question(self, followed: Followed, info: Info, prospect: Prospect, noise: NoiseEstimate) -> tuple[Question, Rows, np.ndarray]:
-        """What the prospect is asked, all voxels counting the same; and by which weights the draws make up the posterior's mean."""
+    def question(self, followed: Followed, info: Info, prospect: Prospect, noise: NoiseEstimate) -> tuple[Question, Rows]:
+        """What the prospect is asked, all voxels counting the same."""
         summary, box = info.summary, self.prior.box
         seed = design.seed_of(self.scan.name, followed.n_images - 1)
         assert followed.log_posterior is not None
@@ -126,17 +126,18 @@ class Follower:
             n_images=jnp.asarray(float(followed.n_images)),
             shift=np.zeros((n_voxels, n_columns - 1)),
             draw_weights=drawn.weights,
+            mean_weights=drawn.mean_weights,
             contrast=drawn.contrast,
             importance=np.full(n_voxels, 1 / n_voxels),
             variance=jnp.asarray(noise.sigma**2),
             dof=jnp.asarray(float(noise.dof)),
             discrepancy=jnp.asarray(self.scan.noise.discrepancy**2),
         )
-        return question, design.rows(drawn.cells, box.n_points), prediction.mean_weights(drawn, summary.mean, box)
+        return question, design.rows(drawn.cells, box.n_points)
 
-    def foresee(self, signals: Float[np.ndarray, "node 1 point"], question: Question, rows: Rows, mean_weights: np.ndarray) -> Prediction:
+    def foresee(self, signals: Float[np.ndarray, "node 1 point"], question: Question, rows: Rows) -> Prediction:
         """What an image should read, whose signals the prospect gives (`Prospect.read`)."""
-        mean, variance = self._foresee(signals, question, rows, mean_weights)
+        mean, variance = self._foresee(signals, question, rows)
         return prediction.of_region(np.asarray(mean, float), np.asarray(variance, float), float(question.variance) ** 0.5)
 
     def told(self, beyond: Float[np.ndarray, " nuisance"]) -> dict[str, float]:
@@ -179,8 +180,8 @@ def _step(sums: Sums, weights, expected, signal, noise: Noise, prior: Prior) -> 
     return sums, grid_posterior.describe(posterior, prior)[0], posterior.log_posterior
 
 
-def _foresee(signals, question: Question, rows: Rows, mean_weights):
-    return prediction.predict(question, predictive.at_draws(signals, rows), mean_weights)
+def _foresee(signals, question: Question, rows: Rows):
+    return prediction.predict(question, predictive.at_draws(signals, rows))
 
 
 def _place(

@@ -68,6 +68,23 @@ def test_a_posterior_narrower_than_the_lattice_is_linearised():
     assert variance_over(drawn, total)[0] == pytest.approx(2 - 2 * 0.7, rel=0.1)  # a step of the lattice is not straight in f and k
 
 
+def test_a_narrow_posteriors_mean_is_reached_from_its_nearest_cell_along_the_gradient():
+    position = np.array([20.3, 30.6])
+    mean = np.array([[float(BOX.value(axis, jnp.asarray(position[axis]))) for axis in (0, 1)]])
+    narrow = np.array([[[1e-12, 0.0], [0.0, 1e-6]]])
+    drawn = design.draw(np.zeros((1, BOX.n_cells), np.float32), mean, narrow, BOX, 0)
+    row, column = np.divmod(drawn.cells[0], 40)
+    assert drawn.mean_weights[0] @ (3.0 * row - 2.0 * column) == pytest.approx(3.0 * 20.3 - 2.0 * 30.6)
+    assert drawn.mean_weights.sum() == pytest.approx(1.0)
+    assert np.all(drawn.weights[0] == [1, *[0] * (design.N_DRAWS - 1)])
+
+
+def test_a_wide_posteriors_draws_all_count_the_same():
+    mean, wide = np.array([[0.002, 700.0]]), np.array([[[4e-7, 0.0], [0.0, 4e4]]])
+    drawn = design.draw(gaussian(mean, wide), mean, wide, BOX, 0)
+    assert np.all(drawn.mean_weights == 1 / design.N_DRAWS)
+
+
 def test_amplitude_and_nuisance_given_the_images_are_the_gaussian_they_should_be():
     """Against the normal equations: unknown amplitude, one nuisance whose coefficient has variance 1 (times amplitude)."""
     rng = np.random.default_rng(1)
@@ -89,10 +106,11 @@ def overrun(columns, signals, sigma):
     return np.asarray(design.overrun(asked, design.fitted(asked)))[0]
 
 
-@pytest.mark.parametrize("coefficient", [-4.0, 1.0, 3.0])
-def test_how_far_a_nuisance_lies_beyond_its_range_is_what_least_squares_without_its_prior_say(coefficient):
+@pytest.mark.parametrize(("coefficient", "size"), [(-4.0, 0.02), (1.0, 0.02), (3.0, 0.02), (3.0, 0.3)])
+def test_how_far_a_nuisance_lies_beyond_its_range_is_what_least_squares_without_its_prior_say(coefficient, size):
+    """Large nuisances are known so well that the amplitude's error counts beside theirs."""
     rng = np.random.default_rng(3)
-    columns, sigma = np.stack([rng.uniform(0.3, 1, 8), rng.normal(0, 0.02, 8), 1e-6 * rng.normal(size=8)], axis=1), 4.0
+    columns, sigma = np.stack([rng.uniform(0.3, 1, 8), rng.normal(0, size, 8), 1e-6 * rng.normal(size=8)], axis=1), 4.0
     signals = 1000.0 * columns @ [1.0, coefficient, 0.0] + rng.normal(0, sigma, 8)
     amplitude, scaled = np.linalg.lstsq(columns[:, :2], signals, rcond=None)[0]
     covariance = sigma**2 * np.linalg.inv(columns[:, :2].T @ columns[:, :2])

@@ -101,6 +101,11 @@ def test_what_lies_beyond_its_range_is_a_refusal_that_names_it():
     assert lack_of_fit.judged(record, check(residuals(20), 20, record), 13) == record
 
 
+def test_what_may_lie_beyond_its_range_is_in_doubt():
+    assert lack_of_fit.doubtful({"b0_ppm": 1.5, "offset": 1.4, "b1_relative": np.nan}) == "b0_ppm"
+    assert lack_of_fit.doubtful({"b0_ppm": 1.2, "offset": -np.inf}) is None
+
+
 def test_a_refusal_for_another_reason_still_learns_what_lies_beyond_its_range():
     bad = check(residuals(8, ratio=2.5), 8)
     record = lack_of_fit.judged(lack_of_fit.init(), bad, 8)

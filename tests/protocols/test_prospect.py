@@ -184,6 +184,7 @@ def test_the_end_of_the_schedule_is_worth_nothing_more(prospect):
         n_images=np.asarray(4.0),
         shift=np.zeros((1, n_columns - 1)),
         draw_weights=np.full((1, 2), 0.5),
+        mean_weights=np.full((1, 2), 0.5),
         contrast=np.array([[[-0.5, 0.5]]]),
         importance=np.ones(1),
         variance=np.asarray(1e-4),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from scansteer.core.noise import NoiseEstimate
+from scansteer.protocols import forward
 from scansteer.protocols.larg_phantom import PUBLISHED
 from scansteer.protocols.scan import Auxiliary, Noise, Scan
 from scansteer.realtime import region_means
@@ -67,7 +68,7 @@ def test_the_mean_of_one_voxel_is_the_voxel(scan, reference, expected, monkeypat
     scene = world.from_priors(scan, 1, (4, 1))
     here = {"t1_s": scene.values["t1_s"]}
     scene = replace(scene, maps=here)
-    alone = followed(RegionMeans(reference), scene, expected, [np.zeros(1, int)])
+    alone = followed(RegionMeans(reference, forward.N_POINTS), scene, expected, [np.zeros(1, int)])
     voxelwise = Reference(scan, ["t1_s"])
     scanner = world.Scanner(scene)
     signals = [scanner.play(block) for block in scan.schedule]
@@ -123,10 +124,11 @@ def test_narrow_means_do_not_depend_on_the_lattice():
     scan = PUBLISHED.model_copy(update={"matrix": None})
     drawn = world.from_priors(scan, 12, (13, 0))
     scene, found = replace(drawn, sigma=drawn.sigma / np.sqrt(160)), []
-    for n_points in (56, 111):
-        reference = Reference(scan, [], n_points=(n_points, n_points))
-        played = [reference.play(block, first=index == 0) for index, block in enumerate(scan.schedule)]
-        found.append(followed(RegionMeans(reference), replace(scene, maps={}), played, list(np.arange(12)[:, None])).summary)
+    reference = Reference(scan, [])
+    played = [reference.play(block, first=index == 0) for index, block in enumerate(scan.schedule)]
+    for n_points in (region_means.N_POINTS, (111, 111)):
+        means = RegionMeans(reference, n_points)
+        found.append(followed(means, replace(scene, maps={}), played, list(np.arange(12)[:, None])).summary)
     coarse, fine = found
     np.testing.assert_allclose(width(coarse), width(fine), rtol=0.2)
     assert np.all(np.abs(coarse.lower - fine.lower) < 0.5 * width(fine))

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from scansteer.core import lack_of_fit
 from scansteer.core.errors import InputError
 from scansteer.protocols.larg_phantom import PUBLISHED
 from scansteer.protocols.scan import Auxiliary, Noise, Scan, Stop
@@ -235,6 +236,19 @@ def test_a_stop_is_refused_where_what_was_not_measured_lies_beyond_its_range(sca
     for decision in refused:
         assert (decision.lack_of_fit.outside, decision.cause) == ("t1_s", "veto")
         assert "t1_s lies beyond the range that the scan states" in decision.reason
+
+
+def test_a_stop_waits_while_what_was_not_measured_may_lie_beyond_its_range(scan, frames, monkeypatch):
+    easy = {name: parameter.model_copy(update={"target_halfwidth_relative": 50.0}) for name, parameter in scan.parameters.items()}
+    unmapped = {**scan.auxiliaries, "t1_s": Auxiliary(lower=2.6, upper=3.2)}
+    described = scan.model_copy(update={"parameters": easy, "auxiliaries": unmapped, "stop": Stop(n_min=6, fraction_converged=0.5)})
+    assert play(session(described), frames)[-1].would_stop_at is not None
+    monkeypatch.setattr(lack_of_fit, "NEAR_BEYOND", -100.0)  # whatever the images tell of is in doubt
+    decisions = play(session(described), frames)
+    assert decisions[-1].would_stop_at is None
+    waiting = [decision for decision in decisions if "may lie beyond the range" in decision.reason]
+    assert len(waiting) >= 2
+    assert all((decision.cause, decision.lack_of_fit.passed, decision.lack_of_fit.outside) == ("veto", True, None) for decision in waiting)
 
 
 def test_a_futile_scan_is_not_stopped_either(scan, frames):

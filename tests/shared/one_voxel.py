@@ -16,6 +16,7 @@ def question(columns, signals, sigma, weights, dof=1e6) -> Question:
         n_images=jnp.asarray(float(len(signals))),
         shift=np.zeros((1, columns.shape[1] - 1)),
         draw_weights=np.ones((1, 1)),
+        mean_weights=np.ones((1, 1)),
         contrast=np.zeros((1, 1, 1)),
         importance=np.ones(1),
         variance=jnp.asarray(sigma**2),
