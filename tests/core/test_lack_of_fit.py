@@ -102,8 +102,8 @@ def test_what_lies_beyond_its_range_is_a_refusal_that_names_it():
 
 
 def test_what_may_lie_beyond_its_range_is_in_doubt():
-    assert lack_of_fit.doubtful({"b0_ppm": 1.5, "offset": 1.4, "b1_relative": np.nan}) == "b0_ppm"
-    assert lack_of_fit.doubtful({"b0_ppm": 1.2, "offset": -np.inf}) is None
+    assert lack_of_fit.doubtful({"b0_ppm": 1.9, "offset": 1.7, "b1_relative": np.nan}) == "b0_ppm"
+    assert lack_of_fit.doubtful({"b0_ppm": 1.5, "offset": -np.inf}) is None
 
 
 def test_a_refusal_for_another_reason_still_learns_what_lies_beyond_its_range():
