@@ -262,10 +262,10 @@ def test_a_voxel_reads_the_mean_of_its_spins(second_pool, b1_ut, t_sat):
 @pytest.mark.parametrize("t2", [0.05, 0.3, 1.4])
 @pytest.mark.parametrize(
     ("b1_ut", "offset_hz", "t_sat", "error"),
-    [(2.0, 0.0, 0.5, 1e-8), (4.0, 60.0, 0.5, 1e-8), (1.0, 60.0, 0.3, 4e-4), (4.0, 300.0, 0.5, 5e-5), (4.0, -1200.0, 1.2, 5e-6)],
+    [(2.0, 0.0, 0.5, 1e-8), (4.0, 60.0, 0.5, 1e-8), (1.0, 60.0, 0.3, 4e-4), (4.0, 300.0, 0.5, 5e-5), (4.0, -1200.0, 1.2, 1e-6)],
 )
 def test_a_voxel_is_the_same_whether_the_closed_form_applies_or_not(t2, b1_ut, offset_hz, t_sat, error):
-    """Near water it is exactly so; else two ends stand for the turn, and the worse the more the field is tilted (by 36, 30, 8 degrees)."""
+    """Near water it is exactly so; else two ends stand for the turn, and the worse the more the field is tilted (by 35, 30, 8 degrees)."""
     block = make_saturation(b1_ut, offset_hz=offset_hz, t_sat=t_sat, t_rec=0.0)
     read = []
     for second_pool in (False, True):
