@@ -25,8 +25,8 @@ FARTHEST_BEYOND = 2.33
 """Standard deviations by which the images may put a nuisance beyond its range: 1 % of a normal lies above. On the wide phantom 3.6 % of 1 000 closed
 loops as described are refused; with 2.0 it was 7.2 % (`benchmarks/promises.py loops`)."""
 NEAR_BEYOND = 1.64
-"""The same that leaves a stop in doubt: 5 % of a normal lies above. Of 300 closed loops on the wide phantom with B0 off by 0.3 ppm 9 % stop around a wrong
-value; without doubts it was 15 % of 400, and with 1.28 it is 7 %, but then fewer than 80 % of loops as described stop early."""
+"""The same that leaves a stop in doubt: 5 % of a normal lies above. Of 300 closed loops on the wide phantom with B0 off by 0.3 ppm 9 % stop around a
+wrong value; without doubts it was 15 % of 400, and with 1.28 it is 7 %, but then fewer than 80 % of loops as described stop early."""
 LARGEST_RATIO = 1.5
 """Variance that a region's noise may leave over what is expected of it. Over hundreds of voxels the ratio of a model that holds stays within a
 few per cent of 1."""
