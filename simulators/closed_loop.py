@@ -121,12 +121,11 @@ def run(
         meets_targets = not stopping.behind(rule, [region])
         advice = choice.advise(number + 1, course, followed, info, until_stop and meets_targets)
         fit = _fit(info, np.stack(images), noise, scene.described, record)
-        told = {}
-        if advice is not None and (meets_targets or stopping.is_futile(rule, advice.remaining_gain)):
-            told = follower.told(advice.beyond)
+        remaining = np.inf if advice is None else advice.remaining_gain
+        may_stop = meets_targets or stopping.is_futile(rule, remaining)
+        told = follower.told(advice.beyond) if advice is not None and may_stop else {}
         fit = lack_of_fit.within_ranges(fit, told)
         record = lack_of_fit.judged(record, fit, number + 1)
-        remaining = np.inf if advice is None else advice.remaining_gain
         veto = lack_of_fit.doubtful(told) if fit.passed else "lack of fit"
         state, verdict = stopping.update(rule, state, number + 1, [region], veto, remaining)
         infos.append(info.summary)

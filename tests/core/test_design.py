@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from one_voxel import question
+from one_voxel import between, question
 from scansteer.core import design
 from scansteer.core.design import Conditional, Quota
 from scansteer.core.lack_of_fit import FARTHEST_BEYOND
@@ -119,6 +119,20 @@ def test_how_far_a_nuisance_lies_beyond_its_range_is_what_least_squares_without_
     found = overrun(columns, signals, sigma)
     assert found[0] == pytest.approx((abs(scaled / amplitude) - 3**0.5 / SPREAD) / sd, rel=0.05)
     assert found[1] == -np.inf  # nothing is told of it
+
+
+def test_how_far_beyond_is_told_at_the_posteriors_mean_and_not_at_its_nearest_cell():
+    rng = np.random.default_rng(5)
+    signal, nuisance = rng.uniform(0.3, 1, 8), rng.normal(0, 0.02, 8)
+    images = 1000.0 * (signal + 3 * nuisance) + rng.normal(0, 4.0, 8)
+    ends = [question(np.stack([each, nuisance], axis=1), images, 4.0, np.eye(2)) for each in (signal, signal + 0.2 * nuisance)]
+
+    def told(share: float) -> float:
+        asked = between(*ends, np.array([[1 - share, share]]))
+        return float(np.asarray(design.overrun(asked, design.fitted(asked)))[0, 0])
+
+    assert told(0.0) > told(1.0) + 1
+    assert told(0.25) == pytest.approx(0.75 * told(0.0) + 0.25 * told(1.0))
 
 
 def test_a_nuisance_within_its_range_is_seldom_said_to_be_beyond():

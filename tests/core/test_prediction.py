@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from one_voxel import question
+from one_voxel import between, question
 from scansteer.core import prediction
 from scansteer.core.prediction import Prediction
 
@@ -14,6 +14,16 @@ def test_prediction_with_an_unknown_amplitude_is_that_of_a_linear_regression():
     amplitude = signals @ images / (signals @ signals)
     assert float(mean[0]) == pytest.approx(0.6 * amplitude, rel=1e-5)  # float32
     assert float(variance[0]) == pytest.approx(100 * (1 + 0.36 / (signals @ signals)), rel=1e-4)
+
+
+def test_a_narrow_posterior_predicts_from_its_mean_and_not_from_its_nearest_cell():
+    images = np.array([510.0, 790.0, 305.0])
+    cell, neighbour = (question(np.array(each)[:, None], images, 10.0, np.array([[1.0, 0.0]])) for each in ([0.5, 0.8, 0.3], [0.55, 0.8, 0.25]))
+    asked = between(cell, neighbour, np.array([[1.25, -0.25]]))
+    means = [float(prediction.predict(each, jnp.full((1, 1, 1, 1), 0.6))[0][0]) for each in (cell, neighbour)]
+    mean, _ = prediction.predict(asked, jnp.full((1, 2, 1, 1), 0.6))
+    assert abs(means[1] - means[0]) > 1
+    assert float(mean[0]) == pytest.approx(1.25 * means[0] - 0.25 * means[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])

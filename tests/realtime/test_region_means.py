@@ -131,7 +131,7 @@ def test_narrow_means_do_not_depend_on_the_lattice():
         found.append(followed(means, replace(scene, maps={}), played, list(np.arange(12)[:, None])).summary)
     coarse, fine = found
     np.testing.assert_allclose(width(coarse), width(fine), rtol=0.2)
-    assert np.all(np.abs(coarse.lower - fine.lower) < 0.5 * width(fine))
+    assert np.all(np.abs(coarse.lower - fine.lower) < 0.35 * width(fine))  # with the voxels' lattice 0.45
 
 
 def test_a_mean_that_the_model_does_not_explain_is_wide(scan, reference, expected):

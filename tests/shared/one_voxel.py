@@ -23,3 +23,10 @@ def question(columns, signals, sigma, weights, dof=1e6) -> Question:
         dof=jnp.asarray(dof),
         discrepancy=jnp.asarray(0.0),
     )
+
+
+def between(cell: Question, neighbour: Question, mean_weights) -> Question:
+    """Two questions as one of a narrow posterior, whose mean lies between the first's cell and the second's, by weights of shape (1, 2)."""
+    both = {name: np.concatenate([getattr(cell, name), getattr(neighbour, name)], axis=1) for name in ("gram", "projection")}
+    weights = {"draw_weights": np.array([[1.0, 0.0]]), "mean_weights": mean_weights, "contrast": np.zeros((1, 1, 2))}
+    return Question(**{**vars(cell), **both, **weights})

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from scansteer.core import lattice, predictive
+from scansteer.core import lack_of_fit, lattice, predictive
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.region import ANYTIME_LEVEL
 from scansteer.protocols import limits
@@ -153,6 +153,15 @@ def test_a_loop_stops_where_its_voxel_has_converged_and_suggests_until_then(pros
     assert trace.blocks[0] == approved[0]
     assert trace.blocks[1:] == [advice.block for advice in trace.advice[:-1]]
     assert trace.ends_s[-1] == pytest.approx(sum(block.duration_s for block in trace.blocks))
+
+
+def test_a_loop_goes_on_while_what_was_not_measured_may_lie_beyond_its_range(prospect, follower, monkeypatch):
+    monkeypatch.setattr(lack_of_fit, "NEAR_BEYOND", -100.0)  # whatever the images tell of is in doubt
+    monkeypatch.setattr(follower, "told", lambda _beyond: {"b0_ppm": 0.0})
+    scene = world.digital(SCAN, 1, (3, 3))
+    approved = schedules.published(SCAN)
+    trace = closed_loop.run(scene, follower, prospect, approved, closed_loop.Adaptive(follower, prospect, scene), until_stop=True)
+    assert (trace.stopped_at, len(trace.blocks), any(trace.vetoed)) == (None, len(approved), False)
 
 
 def test_a_loop_ends_where_it_knows_as_much_as_is_asked(prospect, follower):
