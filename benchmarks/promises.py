@@ -32,7 +32,6 @@ import numpy as np
 from rich.progress import Progress
 
 from scansteer.core.noise import NoiseEstimate
-from scansteer.protocols import forward
 from scansteer.protocols.prospect import Prospect
 from scansteer.protocols.scan import Range, SaturationBlock, Scan, load
 from scansteer.realtime.images import Frame
@@ -263,7 +262,7 @@ def resolution(name: str, permille: int = 5) -> None:
     exact = scan.model_copy(update={"noise": scan.noise.model_copy(update={"discrepancy": 0.0})})
     scene = world.from_priors(exact, N_RESOLUTION, (17,))
     scene = replace(scene, sigma=1e-3 * permille * float(np.mean(scene.amplitude)))
-    plain, finer = (Reference(exact, list(scene.maps), n_points) for n_points in (forward.N_POINTS, (N_FINER, N_FINER)))
+    plain, finer = (Reference(exact, list(scene.maps), n_points) for n_points in (None, (N_FINER, N_FINER)))
     scanner, noise = world.Scanner(scene), NoiseEstimate(scene.sigma, 200.0)
     print(f"\n## {name}: noise of {permille / 1000:.1%} of M0, {plain.prior.box.n_points} points\n")
     for n, block in enumerate(scan.schedule, 1):

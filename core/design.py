@@ -29,9 +29,9 @@ from scansteer.core.nuisance import END_OF_RANGE
 from scansteer.core.whitening import log_determinant, whiten
 
 N_DRAWS = 16
-NARROW = 1.3
-"""A posterior whose smaller principal standard deviation is less than this [lattice steps] is linearised: draws on the lattice would
-blur what is known best, and pulses would be chosen that measure it once more."""
+NARROW = 0.028
+"""A posterior whose smaller principal standard deviation is less than this share of the box's side (1.3 steps of 48 points) is linearised: draws
+on the lattice would blur what is known best, and pulses would be chosen that measure it once more."""
 
 UNREAD = 0.8
 """Share of a nuisance's prior variance: of what images leave more of, they do not tell where it lies."""
@@ -146,7 +146,7 @@ def draw(
     wide = _systematic(mass, np.random.default_rng(seed).uniform(size=len(mass)))
     centre, in_steps = _in_steps(mean, covariance, box)
     narrow = _about(centre, in_steps, box.n_points)
-    is_narrow = np.linalg.eigvalsh(in_steps)[:, 0] < NARROW**2
+    is_narrow = np.linalg.eigvalsh(in_steps)[:, 0] < (NARROW * (min(box.n_points) - 1)) ** 2
     return Draws(*(np.where(is_narrow.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(narrow, wide, strict=True)))
 
 

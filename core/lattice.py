@@ -73,5 +73,12 @@ def at_shares(shares: Float[np.ndarray, " place"], n_nodes: int = N_NODES) -> Fl
     return cheb.chebvander(2 * np.sqrt(shares) - 1, n_nodes - 1) @ basis
 
 
+def slopes(n_nodes: int = N_NODES) -> Float[np.ndarray, "node node"]:
+    """From values at the simulated nodes of one parameter to their slopes there, per side of the box in the even coordinate."""
+    cheb = np.polynomial.chebyshev
+    basis = np.linalg.inv(cheb.chebvander(_nodes(n_nodes), n_nodes - 1))
+    return 2 * cheb.chebvander(_nodes(n_nodes), n_nodes - 2) @ cheb.chebder(basis)
+
+
 def _nodes(n_nodes: int) -> Float[np.ndarray, " node"]:
     return -np.cos((2 * np.arange(n_nodes) + 1) * np.pi / (2 * n_nodes))

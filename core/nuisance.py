@@ -52,6 +52,10 @@ class Axis(NamedTuple):
         """Random coefficients while it is unmeasured."""
         return 1 + self.curved
 
+    @property
+    def middle(self) -> float:
+        return 0.5 * (self.lower + self.upper)
+
     def coordinate(self, value: Float[np.ndarray, " x"]) -> Float[np.ndarray, " x"]:
         """-1 .. 1 over the range."""
         low, high = self.lower, self.upper

@@ -1,4 +1,4 @@
-"""From a `Scan` to the arrays that the reference posterior works with: lattice, nuisance axes, forward model, prior."""
+"""From a `Scan` to the arrays that the reference posterior works with: nuisance axes, forward model, prior."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ from scansteer.core.nuisance import Axis
 from scansteer.protocols import tissue_model
 from scansteer.protocols.scan import Range, Scan, bounds
 
-N_POINTS = (48, 48)
-"""Lattice over the box; the confidence regions are interpolated from it (core.region). Beside 112 x 112 points, noise of 0.5 % of M0
-and nothing else wrong, it moves means by 0.01, standard deviations by 0.005 of one, rms (`benchmarks/promises.py resolution`)."""
-
 
 class Model(NamedTuple):
     """A scan, ready to be simulated and inverted."""
@@ -26,18 +22,16 @@ class Model(NamedTuple):
     chain_axes: tuple[Axis, ...]
     tissue_axes: tuple[Axis, ...]
     forward: Forward
-    prior: Prior
 
     @property
     def axes(self) -> tuple[Axis, ...]:
         return self.chain_axes + self.tissue_axes
 
 
-def model(scan: Scan, n_points: tuple[int, int] = N_POINTS, n_slices: int = 1) -> Model:
+def model(scan: Scan, n_slices: int = 1) -> Model:
     """Assemble the arrays; nothing is simulated yet. Ranges of nuisances are cut into `n_slices` (core.nuisance)."""
     chain, tissue = (tuple(axis._replace(n_slices=n_slices) for axis in axes) for axes in (chain_axes(scan), tissue_axes(scan)))
-    forward = simulated(scan, (chain, nuisance.tensor_nodes(chain)), (tissue, nuisance.tensor_nodes(tissue)))
-    return Model(chain, tissue, forward, prior(scan, n_points))
+    return Model(chain, tissue, simulated(scan, (chain, nuisance.tensor_nodes(chain)), (tissue, nuisance.tensor_nodes(tissue))))
 
 
 def prior(scan: Scan, n_points: tuple[int, int]) -> Prior:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from scansteer.core import blocks, dictionary, grid_posterior, likelihood, nuisance
+from scansteer.core import blocks, dictionary, grid_posterior, likelihood, nuisance, resolution
 from scansteer.core.code_generation import for_blocks_of_voxels, for_large_programs
 from scansteer.core.errors import InputError
-from scansteer.core.grid_posterior import Info, OnLattice, Prior
+from scansteer.core.grid_posterior import Info, OnLattice
 from scansteer.core.lattice import Box
 from scansteer.core.likelihood import Noise, Sums
 from scansteer.core.noise import NoiseEstimate
@@ -74,7 +74,7 @@ class Reference:
     veto: str | None = None
     """Why a stop is out of the question; none: nothing speaks against it."""
 
-    def __init__(self, scan: Scan, mapped: Sequence[str], n_points: tuple[int, int] = forward.N_POINTS, n_slices: int = 1) -> None:
+    def __init__(self, scan: Scan, mapped: Sequence[str], n_points: tuple[int, int] | None = None, n_slices: int = 1) -> None:
         """Compile and simulate the schedule: seconds.
 
         Parameters
@@ -82,12 +82,12 @@ class Reference:
         mapped
             Names of the auxiliaries (`t1_s`, ..) that come as maps; the others are marginalised over their ranges.
         n_points
-            Lattice over the box of (f, k).
+            Lattice over the box of (f, k); none: as many points as the scan's posteriors need (core.resolution).
         n_slices
             Into how many slices the range of everything unmeasured is cut: a finer quadrature, to check the plain one against.
         """
         self.scan = scan
-        self.model = forward.model(scan, n_points, n_slices)
+        self.model = forward.model(scan, n_slices)
         self.mapped = frozenset(mapped) & {axis.name for axis in self.model.axes}
         """Auxiliaries that come as maps."""
         lower, upper = bounds(scan.readout.offset)
@@ -105,6 +105,7 @@ class Reference:
         self._state = self._initial_state()
         for index, block in enumerate(scan.schedule):
             self._map_of(block, first=index == 0 and not scan.first_state.n_dummies)
+        self.prior = forward.prior(scan, n_points or resolution.n_points(self._foreseen(), scan.noise.discrepancy))
         self._place = np.zeros((0, BLOCK), int)
         self._where = np.zeros(0, int)
         self._measured_in: list[dict[str, Measured]] = []
@@ -117,10 +118,6 @@ class Reference:
         self._spare: list[Sums] = []
         self.rehearsal = self._rehearse()
         """What made-up voxels lead to: for others to compile with."""
-
-    @property
-    def prior(self) -> Prior:
-        return self.model.prior
 
     def begin(
         self, maps: dict[str, Float[np.ndarray, " voxel"]], brightness: Float[np.ndarray, " voxel"], regions: Sequence[np.ndarray] = ()
@@ -261,6 +258,14 @@ class Reference:
         for index in range(self.scan.first_state.n_dummies):
             state, _ = self._play(self.model.forward, self._reading, state, self._map_of(block, first=index == 0))
         return state
+
+    def _foreseen(self) -> Iterator[np.ndarray]:
+        """The columns of every image of the schedule at the simulated nodes, where maps give the middle of their ranges."""
+        weights = self.linearised({axis.name: np.array([axis.middle]) for axis in self.model.axes if axis.name in self.mapped}).weights[0]
+        begun = self._state
+        for index, block in enumerate(self.scan.schedule):
+            yield np.asarray(weights @ self.play(block, first=index == 0))
+        self._state = begun
 
     def _map_of(self, block: SaturationBlock, *, first: bool) -> LongitudinalMap:
         """The first block of all skips its recovery: the first state is that just before the saturation."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from scansteer.core import dictionary, grid_posterior, lattice, nuisance, region, retrospective
+from scansteer.core import dictionary, grid_posterior, lattice, nuisance, region, resolution, retrospective
 from scansteer.core.nuisance import Measured
 from scansteer.core.region import Summary
 from scansteer.protocols import forward, tissue_model
@@ -133,9 +133,8 @@ class Published:
         """Simulate the schedule; `repetitions` are those whose images count."""
         self.scan = scan
         self._model = forward.model(scan)
-        self._prior = grid_posterior.make_prior(
-            self._model.prior.box.lower, self._model.prior.box.upper, self._model.prior.box.n_points, ("uniform", "uniform")
-        )
+        box = forward.prior(scan, resolution.FINE).box
+        self._prior = grid_posterior.make_prior(box.lower, box.upper, box.n_points, ("uniform", "uniform"))
         self._expected = self._simulate(repetitions)
         self._posteriors = jax.jit(retrospective.log_posteriors)
         self._summarise = jax.jit(region.summarise)

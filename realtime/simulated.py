@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from scansteer.core import agreement, dictionary, lattice, likelihood, nuisance, signal_basis, voxel_columns
+from scansteer.core import agreement, dictionary, lattice, likelihood, nuisance, resolution, signal_basis, voxel_columns
 from scansteer.core import coordinate as coordinates
 from scansteer.core.encoder import Gaussian
 from scansteer.core.likelihood import Noise
@@ -73,7 +73,8 @@ class Simulator:
         self.model = forward.model(scan)
         self.mapped = tuple(axis.name for axis in self.model.axes if axis.name in mapped)
         fraction, rate = scan.parameters.values()
-        box = self.model.prior.box
+        self.prior = forward.prior(scan, resolution.FINE)
+        box = self.prior.box
         self.coordinate = coordinates.Coordinate(box.lower, box.upper, (fraction.prior, rate.prior))
         self.offset = nuisance.of_range(*bounds(scan.readout.offset))
         self.columns = voxel_columns.make(self.model.axes, self.mapped, self.offset)
@@ -159,15 +160,15 @@ class Simulator:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *pool.map(one, range(n_groups)))
 
     def _posteriors(self, columns, signals, noise: Noise) -> Gaussian:
-        box = self.model.prior.box
+        box = self.prior.box
         n_mixture, n_columns = columns.shape[2], columns.shape[1]
 
         def image(sums, now):
             nodes, signal = now
             sums = likelihood.update(sums, lattice.upsample(nodes, box.n_points), signal)
-            log_posterior = likelihood.fit(sums, noise).log_likelihood.T + self.model.prior.on_cells()
+            log_posterior = likelihood.fit(sums, noise).log_likelihood.T + self.prior.on_cells()
             power = noise.dof + sums.n_images - 1
-            followed = agreement.follow(log_posterior, self.model.prior, self.coordinate, power)
+            followed = agreement.follow(log_posterior, self.prior, self.coordinate, power)
             return sums, agreement.moments(followed)
 
         sums = likelihood.init(GROUP, n_mixture, n_columns, box.n_cells)

@@ -6,6 +6,7 @@ columns as the session's tensor grid.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scansteer.core import design, dictionary, grid_posterior, lattice, likelihood, nuisance, prediction, predictive, region
+from scansteer.core import design, dictionary, grid_posterior, lattice, likelihood, nuisance, prediction, predictive, region, resolution
 from scansteer.core.design import Question
 from scansteer.core.dictionary import Magnetisation
 from scansteer.core.grid_posterior import Info, LogPosterior, Prior
@@ -64,7 +65,6 @@ class Follower:
     def __init__(self, scan: Scan, mapped: tuple[str, ...]) -> None:
         self.scan = scan
         self.mapped = mapped
-        self.prior: Prior = forward.model(scan).prior
         if mapped:
             model = forward.model(scan)
             self._forward, self._axes, self._star = model.forward, model.axes, None
@@ -77,6 +77,7 @@ class Follower:
         self._play, self._step, self._place, self._foresee = jax.jit(_play), jax.jit(_step), jax.jit(_place), jax.jit(_foresee)
         self._maps: dict[SaturationBlock, LongitudinalMap] = {}
         self._offset = nuisance.of_range(*bounds(scan.readout.offset))
+        self.prior: Prior = forward.prior(scan, resolution.n_points(self._foreseen(), scan.noise.discrepancy))
 
     def begin(self, maps: dict[str, np.ndarray], n_voxels: int) -> Followed:
         """Before the first image; dummies have been played."""
@@ -87,15 +88,12 @@ class Follower:
         weights = tuple(jnp.asarray(self._columns(each)) for each in measured)
         n_mixture, n_columns, _ = weights[0].shape
         empty = likelihood.init(n_voxels // len(measured), n_mixture, n_columns, self.prior.box.n_cells)
-        followed = Followed(self._start, (empty,) * len(measured), weights, measured)
-        for index in range(self.scan.first_state.n_dummies):
-            followed = replace(followed, state=self._played(followed, self.scan.schedule[0], first=index == 0)[0])
-        return followed
+        return Followed(self._after_dummies(), (empty,) * len(measured), weights, measured)
 
     def absorb(self, followed: Followed, block: SaturationBlock, signal: np.ndarray, noise: NoiseEstimate) -> tuple[Followed, Info]:
         """Play a block and absorb the image it led to."""
         first = followed.n_images == 0 and not self.scan.first_state.n_dummies
-        state, expected = self._played(followed, block, first=first)
+        state, expected = self._played(followed.state, block, first=first)
         known = Noise(jnp.asarray(noise.sigma), jnp.asarray(noise.dof), jnp.asarray(self.scan.noise.discrepancy))
         parts = np.split(np.asarray(signal, float), len(followed.sums))
         steps = [
@@ -150,12 +148,26 @@ class Follower:
         at = jnp.asarray(truth, jnp.float64), jnp.asarray(followed.power)
         return Place(*map(np.asarray, self._place(info.summary, followed.log_posterior, *at, self.prior)))
 
-    def _played(self, followed: Followed, block: SaturationBlock, *, first: bool) -> tuple[Magnetisation, Array]:
+    def _foreseen(self) -> Iterator[np.ndarray]:
+        """As `Reference` foresees its lattice."""
+        weights = self._columns({axis.name: self._measured(axis.name, axis.middle) for axis in self._axes if axis.name in self.mapped})[0]
+        state = self._after_dummies()
+        for index, block in enumerate(self.scan.schedule):
+            state, signals = self._played(state, block, first=index == 0 and not self.scan.first_state.n_dummies)
+            yield weights @ np.asarray(signals)
+
+    def _after_dummies(self) -> Magnetisation:
+        state = self._start
+        for index in range(self.scan.first_state.n_dummies):
+            state = self._played(state, self.scan.schedule[0], first=index == 0)[0]
+        return state
+
+    def _played(self, state: Magnetisation, block: SaturationBlock, *, first: bool) -> tuple[Magnetisation, Array]:
         played = block.model_copy(update={"t_rec_s": 0.0}) if first else block
         if played not in self._maps:
             self._maps[played] = self._block_map(self._forward, tissue_model.saturation(self.scan, played))
         place = None if self._star is None else tuple(map(jnp.asarray, self._star.place))
-        return self._play(self._forward, self._reading, followed.state, self._maps[played], place)
+        return self._play(self._forward, self._reading, state, self._maps[played], place)
 
     def _columns(self, measured: dict[str, Measured]) -> np.ndarray:
         columns = nuisance.columns(self._axes, measured) if self._star is None else predictive.columns(self._star, measured)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from scansteer.core import resolution
 from scansteer.core.noise import NoiseEstimate
-from scansteer.protocols import forward
 from scansteer.protocols.scan import Scan, load
 from scansteer.realtime.images import Frame
 from scansteer.realtime.messages import Decision
@@ -136,7 +136,7 @@ class Absorbed:
 
 
 def absorbed(scan: Scan, signals: np.ndarray, n_points: tuple[int, int] | None = None) -> Absorbed:
-    reference = Reference(scan, [], n_points=n_points or forward.N_POINTS)
+    reference = Reference(scan, [], n_points=n_points or resolution.FINE)
     reference.begin({}, signals[0])
     for number, (signal, block) in enumerate(zip(signals, scan.schedule, strict=False)):
         info = reference.absorb(signal, NoiseEstimate(25.0, 1e4), block, first=number == 0)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from scansteer.core import resolution
 from scansteer.core.noise import NoiseEstimate
-from scansteer.protocols import forward
 from scansteer.protocols.larg_phantom import PUBLISHED
 from scansteer.protocols.scan import Auxiliary, Noise, Scan
 from scansteer.realtime import region_means
@@ -68,7 +68,7 @@ def test_the_mean_of_one_voxel_is_the_voxel(scan, reference, expected, monkeypat
     scene = world.from_priors(scan, 1, (4, 1))
     here = {"t1_s": scene.values["t1_s"]}
     scene = replace(scene, maps=here)
-    alone = followed(RegionMeans(reference, forward.N_POINTS), scene, expected, [np.zeros(1, int)])
+    alone = followed(RegionMeans(reference, resolution.FINE), scene, expected, [np.zeros(1, int)])
     voxelwise = Reference(scan, ["t1_s"])
     scanner = world.Scanner(scene)
     signals = [scanner.play(block) for block in scan.schedule]

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from scansteer.core import lack_of_fit, lattice, predictive
+from scansteer.core import lack_of_fit, lattice, predictive, resolution
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.region import ANYTIME_LEVEL
 from scansteer.protocols import limits
@@ -104,6 +104,12 @@ def test_a_world_is_judged_by_what_lies_outside_when_it_stops():
     assert judged["vetoed"] == 0.25
     assert judged["images_at_stop"] == 3.5
     assert study.of_world([traces[2]], 10)["coverage_at_stop"] is None
+
+
+def test_a_study_foresees_what_a_session_does(follower):
+    """Hence the same lattice."""
+    ours, theirs = (resolution.narrower_sd(each._foreseen(), 1e-6) for each in (follower, Reference(SCAN, [])))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
 def test_what_the_scanner_reads_is_what_the_follower_expects(follower):
