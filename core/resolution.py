@@ -40,7 +40,8 @@ def n_points(images: Iterable[Float[np.ndarray, "column point"]], discrepancy: f
 
 def narrower_sd(images: Iterable[Float[np.ndarray, "column point"]], variance: float) -> Float[np.ndarray, " point"]:
     """Posterior standard deviation along the narrower direction at every node, in shares of the side; `variance` [M0^2] is one image's."""
-    information = sum(np.einsum("ax,bx->xab", rows, rows) for rows in map(_with_slopes, images)) / variance
+    rows = np.stack([_with_slopes(columns) for columns in images])
+    information = np.einsum("iax,ibx->xab", rows, rows) / variance
     nuisances = np.arange(3, information.shape[1])
     information[:, nuisances, nuisances] += 1.0
     others = information[:, 2:, 2:]
