@@ -20,19 +20,24 @@ GAMMA_RAD_PER_S_PER_T = 267.5153e6
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+_ABOVE_ZERO = "t1_s", "t2_s", "b1_relative"
+"""Auxiliaries of which nothing at or below zero exists."""
 
 
 class Model(BaseModel):
     """Base of all descriptions: unknown fields, NaN and infinity are refused; instances are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Range(Model):
     """A quantity that was not measured: uniform between two values."""
 
     lower: float
+    """In the unit of what it is a range of."""
     upper: float
+    """Equal to `lower`: known."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -53,7 +58,9 @@ class Auxiliary(Range):
     """
 
     map_error: NonNegative = 0.0
+    """Standard deviation of a map of it, in its own unit."""
     map_error_relative: NonNegative = 0.0
+    """The same, as a share of the value."""
 
 
 class Parameter(Range):
@@ -76,8 +83,10 @@ class Parameter(Range):
 class Pool(Model):
     """A proton pool that exchanges with water."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    """What it is called in messages; each pool has its own."""
     kind: Literal["solute", "semisolid"]
+    """A semisolid is described with an absorption line of its own (`lineshape`)."""
     offset_ppm: float
     """Chemical shift from water, positive on the amide side [ppm]."""
     f: float | str
@@ -92,12 +101,24 @@ class Pool(Model):
     """`bloch`: full x-y-z magnetisation (a Lorentzian); the others: z only with that absorption line (semisolid)."""
 
 
+    @model_validator(mode="after")
+    def _is_possible(self) -> Pool:
+        if not isinstance(self.f, str) and not 0 <= self.f <= 1:
+            raise ValueError(f"f of pool {self.name!r} must lie within 0 .. 1 of the water protons, got {self.f:g}")
+        if not isinstance(self.k_per_s, str) and self.k_per_s < 0:
+            raise ValueError(f"k_per_s of pool {self.name!r} must not be negative, got {self.k_per_s:g}")
+        if isinstance(self.t2_s, Range) and self.t2_s.lower <= 0:
+            raise ValueError(f"t2_s of pool {self.name!r} must be positive, got a range from {self.t2_s.lower:g}")
+        return self
+
+
 class SaturationBlock(Model):
     """One repetition's preparation: recover, then saturate; the readout follows at once."""
 
     b1_ut: NonNegative
     """Saturation amplitude (for a pulse train: of each pulse) [uT]; 0 means no saturation at all."""
     offset_ppm: float
+    """Of the pulse from water, positive on the amide side [ppm]."""
     t_sat_s: NonNegative
     """From the start of the first to the end of the last saturation pulse [s]; free precession when b1_ut is 0."""
     t_rec_s: NonNegative
@@ -112,11 +133,13 @@ class Train(Model):
     """How the saturation time is filled with RF."""
 
     n_pulses: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Pulses that share the saturation time; 1: continuous wave."""
     duty_cycle: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Pulse length over pulse spacing; the pause after the last pulse does not belong to the block."""
     spin_lock: bool = False
     """Tip water onto the effective field before, and back after each pulse."""
     shape: Literal["block", "gauss"] = "block"
+    """Of every pulse; `gauss`: its root-mean-square over the pulse is the amplitude."""
 
     @model_validator(mode="after")
     def _cw_is_full(self) -> Train:
@@ -129,8 +152,11 @@ class Readout(Model):
     """What one image does to the magnetisation, and what it measures: amplitude x (water Mz + offset)."""
 
     flip_deg: Annotated[float, Field(gt=0, le=180)]
+    """Of every excitation [degrees]."""
     n_shots: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Excitations of one image."""
     shot_spacing_s: NonNegative = 0.0
+    """From one excitation to the next [s]."""
     carry_over: float | Range | None = None
     """Share of every pool's Mz that the readout leaves; none: cos(flip)^n_shots (spoiled, relaxation between shots added)."""
     offset: float | Range = 0.0
@@ -146,13 +172,28 @@ class Readout(Model):
             raise ValueError(f"carry_over must lie within -1 .. 1, got {low:g} .. {high:g}")
         return value
 
+    @model_validator(mode="after")
+    def _reads_one_of_its_shots(self) -> Readout:
+        if self.encoded_shot >= self.n_shots:
+            raise ValueError(f"encoded_shot counts from 0 and must be less than n_shots = {self.n_shots}, got {self.encoded_shot}")
+        return self
+
 
 class FirstState(Model):
     """Magnetisation just before the first saturation of all, that of the first dummy if there are any, as a fraction of equilibrium in every pool."""
 
     mz: float | Range = 1.0
+    """Share of equilibrium, -1 .. 1; a range is marginalised."""
     n_dummies: Annotated[int, Field(ge=0, le=1000)] = 0
     """Repetitions of the first block played, and not sent, before image 0."""
+
+    @field_validator("mz")
+    @classmethod
+    def _within_equilibrium(cls, value: float | Range) -> float | Range:
+        low, high = bounds(value)
+        if low < -1 or high > 1:
+            raise ValueError(f"mz must lie within -1 .. 1 of equilibrium, got {low:g} .. {high:g}")
+        return value
 
 
 class Noise(Model):
@@ -187,35 +228,54 @@ class Limits(Model):
     """What the hardware and the SAR supervision allow; a suggestion never leaves it."""
 
     b1_max_ut: Positive
+    """Largest amplitude [uT]."""
     offset_ppm: Range
+    """Offsets that may be suggested [ppm]; the approved schedule may leave them."""
     t_sat_s: Range
+    """Saturation times that may be suggested [s]."""
     t_rec_s: Range
+    """Recovery times that may be suggested [s]."""
     duty_cycle_max: Annotated[float, Field(gt=0, le=1)] = 1.0
     """RF-on time over repetition time."""
     b1rms_10s_ut: Positive
+    """Largest root-mean-square amplitude over any 10 s [uT]."""
     b1rms_6min_ut: Positive
+    """The same over any 6 min [uT]."""
 
 
 class Scan(Model):
     """One acquisition: field, pools, parameters, schedule, readout, first state, auxiliaries, noise, targets, limits."""
 
     schema_version: Literal[1] = 1
+    """Of this description."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """By which decisions, maps and services call it."""
     description: str = ""
+    """For people."""
     field_t: Annotated[float, Field(gt=0, le=30)]
-    matrix: tuple[int, int, int] | None = None
+    """Strength of the magnet [T]."""
+    matrix: tuple[Count, Count, Count] | None = None
     """Expected image matrix (x, y, z); none accepts any."""
     pools: Annotated[tuple[Pool, ...], Field(min_length=1, max_length=7)]
+    """What exchanges with water, which is not listed."""
     parameters: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")], Parameter]
     """The volume fraction first, the exchange rate second."""
     schedule: Annotated[tuple[SaturationBlock, ...], Field(min_length=1, max_length=1000)]
+    """The approved pulses, one for each image."""
     train: Train = Train()
+    """How each saturation is filled."""
     readout: Readout
+    """What every image does and reads."""
     first_state: FirstState = FirstState()
+    """What the first saturation meets."""
     auxiliaries: dict[Literal["t1_s", "t2_s", "b0_ppm", "b1_relative", "fss", "kssw"], Auxiliary]
+    """T1 and T2 of water [s], B0 off resonance [ppm], B1 over nominal; fraction and rate [1/s] of a semisolid beside the parameters."""
     noise: Noise = Noise()
+    """Of images and model."""
     stop: Stop = Stop()
+    """When it has said enough."""
     limits: Limits
+    """Of what may be suggested."""
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Scan:
@@ -224,17 +284,27 @@ class Scan(Model):
         for required in ("t1_s", "t2_s"):
             if required not in self.auxiliaries:
                 raise ValueError(f"auxiliaries: {required} of water is missing; give its range")
+        for name, span in self.auxiliaries.items():
+            if span.lower <= 0 and name in _ABOVE_ZERO:
+                raise ValueError(f"auxiliaries: {name} must be positive, got a range from {span.lower:g}")
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"pools: {max(names, key=names.count)!r} occurs twice; give every pool a name of its own")
         known = {*self.parameters, *self.auxiliaries}
         used: set[str] = set()
         for pool in self.pools:
             for field, value in (("f", pool.f), ("k_per_s", pool.k_per_s)):
                 if isinstance(value, str):
                     used.add(value)
+                    if value == list(self.parameters)[field == "f"]:
+                        raise ValueError(f"parameters: pool {pool.name!r} uses {value!r} as {field}; the fraction is listed first, the rate second")
                     if value not in known:
                         raise ValueError(f"pools: {field} of pool {pool.name!r} names {value!r}, which is neither a parameter nor an auxiliary")
         unused = [name for name in self.parameters if name not in used]
         if unused:
             raise ValueError(f"parameters: no pool uses {unused[0]!r}")
+        if (fraction := next(iter(self.parameters.values()))).upper > 1:
+            raise ValueError(f"parameters: a volume fraction is at most 1, got a box up to {fraction.upper:g}")
         for number, block in enumerate(self.schedule):
             self._check_block(number, block)
         return self
@@ -261,6 +331,16 @@ def bounds(value: float | Range) -> tuple[float, float]:
     return (value.lower, value.upper) if isinstance(value, Range) else (value, value)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"key {twice!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def from_yaml(text: str, source: str = "scan") -> Scan:
     """Parse a `Scan`.
 
@@ -270,7 +350,7 @@ def from_yaml(text: str, source: str = "scan") -> Scan:
         One sentence naming the source, the field and the value.
     """
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: a date that is none, nested without end
         raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict):
@@ -284,6 +364,8 @@ def from_yaml(text: str, source: str = "scan") -> Scan:
 def explain(error: ValidationError, reference: str = "`scansteer scans show --schema`") -> str:
     """The first complaint of a pydantic validation in one sentence, with the number of further ones and where the fields are described."""
     first, *others = error.errors()
+    if isinstance(first.get("input"), dict) and first["type"] == "value_error":  # it names what it is about
+        return first["msg"].removeprefix("Value error, ") + (f" (and {len(others)} more)." if others else ".")
     field = ".".join(str(part) for part in first["loc"]) or "scan"
     if first["type"] == "extra_forbidden":
         text = f"unknown field {field!r}; remove it or compare with {reference}"

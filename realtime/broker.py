@@ -217,6 +217,8 @@ class Broker:
         match message:
             case Open():
                 return self._open(message, request)
+            case Close() if self.sessions.get(message.session_id) is None:
+                return self._close_again(message, request)
             case SessionMessage():
                 return self._in_session(self._session(message), message, request)
             case Ping():
@@ -253,7 +255,7 @@ class Broker:
     def _session(self, message: SessionMessage) -> HostedSession:
         session = self.sessions.get(message.session_id)
         if session is None:
-            raise ProtocolError("unknown-session", f"There is no session {message.session_id} here; open it first.")
+            raise _unknown(message)
         session.attendance.last_heard = self._clock()
         return session
 
@@ -302,6 +304,13 @@ class Broker:
             session.note("closing", user=request.user)
             self._outbox.hold(message.session_id)
         return []
+
+    def _close_again(self, message: Close, request: Request) -> list[Outgoing]:
+        """Of a session that is not held any more: its answer may be what was lost."""
+        summary = self.sessions.closed_before(message.session_id)
+        if summary is None:
+            raise _unknown(message)
+        return [to(request.identity, Closed(request_id=message.request_id, session_id=message.session_id, summary=summary))]
 
     # What jobs said.
 
@@ -400,6 +409,10 @@ def _maps(session_id: str, requester: Requester, made: MapsMade) -> Outgoing:
     specs, bodies = encode_arrays(made.arrays)
     maps = Maps(request_id=requester.request_id, session_id=session_id, n_images=made.n_images, arrays=specs)
     return Outgoing(requester.identity, encode(maps, bodies))
+
+
+def _unknown(message: SessionMessage) -> ProtocolError:
+    return ProtocolError("unknown-session", f"There is no session {message.session_id} here; open it first.")
 
 
 def _not_taken(message: WireMessage) -> ProtocolError:

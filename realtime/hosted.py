@@ -109,7 +109,7 @@ class HostedSession:
         self._n_builds = 0
         self._lacks_records = False
         """Its journal was damaged."""
-        self._n_logged = folder.count_decisions()
+        self._n_logged = self._n_announced = folder.count_decisions()
         setup = Setup(opening.session_id, self.scan, region_names=opening.region_names, use_encoder=opening.use_encoder)
         self._actor = Actor(setup, journal.read, make, limits.max_voxels)
 
@@ -146,8 +146,8 @@ class HostedSession:
         if not isinstance(opening, Open):
             raise JournalError(f"Journal {folder.journal} does not begin with the opening of a session.")
         session = cls(opening, folder, journal, make, submit, limits)
-        folder.trim_torn_decision()
-        session._n_logged = folder.count_decisions()
+        folder.mend_decisions()
+        session._n_logged = session._n_announced = folder.count_decisions()
         session.note("recovered", records=len(entries))
         session._report_damage(damages)
         session._build_if_complete()
@@ -279,6 +279,7 @@ class HostedSession:
                 self.decisions.append(decision)
             case Summarised(summary=summary):
                 self.state, self.summary = "closed", summary
+                self._log_decisions()
                 self.folder.write_closed(summary)
                 self._journal.close()
             case _:
@@ -286,11 +287,18 @@ class HostedSession:
 
     def is_news(self, decision: Decision) -> bool:
         """Whether a decision was not yet published before a restart; it is then written to decisions.jsonl."""
-        if decision.sequence_number < self._n_logged:
+        if decision.sequence_number < self._n_announced:
             return False
-        self.folder.write_decision(decision.model_dump_json())
-        self._n_logged += 1
+        self._n_announced += 1
+        self._log_decisions()
         return True
+
+    def _log_decisions(self) -> None:
+        """The latest decision, and before it those that a full disk has kept out of the file."""
+        for decision in self.decisions[self._n_logged :]:
+            if not self.folder.write_decision(decision.model_dump_json()):
+                return
+            self._n_logged += 1
 
     def job_done(self) -> None:
         """A job that was submitted has said what it had to say."""

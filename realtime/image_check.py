@@ -37,7 +37,9 @@ def check_body(message: Image, body: Bytes, limits: ImageLimits) -> None:
     if not 1 <= n_values <= limits.max_voxels:
         raise ProtocolError("too-large", f"The image's header declares {n_values} values; 1 to {limits.max_voxels} are accepted.")
     n_data = len(body) - HEADER_BYTES - 8 - n_meta
-    if n_meta > MAX_META_BYTES or n_data not in [n_values * size for size in _BYTES_PER_VALUE.get(data_type, ())]:
+    if n_meta > MAX_META_BYTES:
+        raise ProtocolError("too-large", f"The image declares {n_meta} bytes of Meta, more than the {MAX_META_BYTES} accepted.")
+    if n_data not in [n_values * size for size in _BYTES_PER_VALUE.get(data_type, ())]:
         raise ProtocolError("malformed", f"The image has {n_data} bytes of data (type {data_type}), not as its header declares.")
     declared = (series, slice_, repetition, set_)
     if declared != (message.series, message.slice, message.repetition, message.set):

@@ -94,6 +94,8 @@ def write_outputs(
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for file in out.glob("maps_[0-9]*/*.nii.gz"):  # of an earlier replay into this folder
+            file.unlink()
         for n_images, at_that_time in (maps_at or {}).items():
             write_maps(out / f"maps_{n_images:03d}", at_that_time, geometry, summary, n_images)
         write_maps(out / "maps", maps, geometry, summary, decisions[-1].n_images if decisions else 0)

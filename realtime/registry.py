@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,7 +18,7 @@ from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.hosted import HostedSession
 from scansteer.realtime.journal import sync_folder
 from scansteer.realtime.messages import Open
-from scansteer.realtime.session_folder import SessionFolder
+from scansteer.realtime.session_folder import SessionFolder, folders_in
 from scansteer.realtime.worker import Job, MakeSession
 
 log = logging.getLogger("scansteer.broker")
@@ -74,20 +75,24 @@ class Registry:
         self._drop_oldest_closed()
         return session
 
+    def closed_before(self, session_id: str) -> dict[str, Any] | None:
+        """The summary of a session that was closed, perhaps before a restart; none: there is no such session."""
+        return None if session_id in _RESERVED else self._folder(session_id).read_closed()
+
     def recover(self, now: float) -> None:
         """Open again what a crash or a shutdown left open."""
-        for path in sorted(self._config.data_dir.iterdir()):
-            folder = SessionFolder(path)
-            if not folder.journal.exists() or folder.closed.exists():
+        for folder in folders_in(self._config.data_dir):
+            if folder.closed.exists():
                 continue
+            name = folder.path.name
             try:
-                session = HostedSession.recover(folder, self._make, self._submitter(path.name), self._config.limits)
-            except (ScansteerError, ValidationError) as error:  # also what an older version wrote and this one does not accept
-                log.error("session %s cannot be taken up again: %s", path.name, error)
+                session = HostedSession.recover(folder, self._make, self._submitter(name), self._config.limits)
+            except (ScansteerError, ValidationError, OSError) as error:  # also what an older version wrote and this one does not accept
+                log.error("session %s cannot be taken up again: %s", name, error)
                 continue
             session.attendance.last_heard = now
-            self._sessions[path.name] = session
-            log.info("session %s goes on, %d images", path.name, len(session.received))
+            self._sessions[name] = session
+            log.info("session %s goes on, %d images", name, len(session.received))
 
     def drop(self, session_id: str) -> None:
         """Forget a closed session; its folder stays."""

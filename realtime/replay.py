@@ -133,6 +133,7 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
             console.print(f"[yellow]Warning:[/yellow] {warning}", highlight=False)
         setup = _setup(source, scan, options)
         log = stack.enter_context(DecisionLog(out / "decisions.jsonl"))
+        _check_images(options, source)
         with console.status("compiling and simulating the schedule"):
             if options.connect is None:
                 runner: Runner = Here(setup, options.encoder)
@@ -142,7 +143,8 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
         troubles, maps_at = _stream(source, runner, scan, log, recorder, options, console)
         maps = runner.maps() if log.decisions else {}
         first = source.first()
-        summary = runner.finish() | {"warnings": warnings}
+        said = dict.fromkeys([*warnings, *(warning for decision in log.decisions for warning in decision.warnings)])
+        summary = runner.finish() | {"warnings": list(said)}
         geometry = first.frame.geometry if first is not None else None
         write_outputs(out, log.decisions, geometry, maps, summary, maps_at, partial(_look_back, recorder, setup))
     console.print(_farewell(summary, log.decisions, out), highlight=False)
@@ -182,6 +184,12 @@ def _setup(source: Source, scan: Scan, options: Options) -> Setup:
         auxiliaries={**stored, **given},
         use_encoder=options.encoder != "none",
     )
+
+
+def _check_images(options: Options, source: Source) -> None:
+    total = min(options.images or source.n_images, source.n_images)
+    if beyond := [number for number in options.maps_at if number > total]:
+        raise InputError(f"--maps-at asks for the maps after {beyond[0]} images; {total} are replayed.")
 
 
 def _stream(

@@ -90,10 +90,11 @@ def _lead(decisions: Sequence[Decision]) -> str:
 
 def _warnings(decisions: Sequence[Decision], summary: Mapping[str, Any]) -> str:
     """Each warning once, with the image that first brought it."""
-    first: dict[str, int | None] = {str(warning): None for warning in summary.get("warnings", ())}
+    first: dict[str, int | None] = {}
     for decision in decisions:
         for warning in decision.warnings:
             first.setdefault(warning, decision.n_images)
+    first = {str(warning): None for warning in summary.get("warnings", ()) if warning not in first} | first
     if not first:
         return ""
     items = (f"<li>{escape(text)}{f' (image {n})' if n is not None else ''}</li>" for text, n in first.items())

@@ -5,6 +5,7 @@ Trouble with the derived files is said, and stops nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -72,9 +73,9 @@ class SessionFolder:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **details}
         _append_line(self.audit, json.dumps(line))
 
-    def write_decision(self, line: str) -> None:
-        """Add a decision, as JSON."""
-        _append_line(self.decisions, line)
+    def write_decision(self, line: str) -> bool:
+        """Add a decision, as JSON; false: it could not be written."""
+        return _append_line(self.decisions, line)
 
     def write_closed(self, summary: dict[str, Any]) -> None:
         """The session has ended; it is not taken up again."""
@@ -85,31 +86,73 @@ class SessionFolder:
         except OSError as error:
             log.warning("cannot write %s: %s", self.closed, error.strerror)
 
+    def read_closed(self) -> dict[str, Any] | None:
+        """The summary of a session that has ended; none: it has not."""
+        try:
+            return json.loads(self.closed.read_text(encoding="utf-8"))["summary"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
     def count_decisions(self) -> int:
-        """Complete lines of the decisions; 0 if there are none."""
+        """Lines of the decisions; 0 if there are none."""
         try:
             with self.decisions.open("rb") as file:
                 return sum(line.endswith(b"\n") for line in file)
         except FileNotFoundError:
             return 0
 
-    def trim_torn_decision(self) -> None:
-        """Cut off a last line that a crash left incomplete."""
+    def mend_decisions(self) -> None:
+        """Cut the decisions off where a crash or a full disk left a line torn, or a gap: the journal says them again."""
         try:
-            content = self.decisions.read_bytes()
+            lines = self.decisions.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return
-        if not content.endswith(b"\n"):
-            with self.decisions.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        n_whole = next((number for number, line in enumerate(lines) if _sequence_number(line) != number), len(lines))
+        if n_whole < len(lines):
+            os.truncate(self.decisions, sum(map(len, lines[:n_whole])))
 
 
-def _append_line(path: Path, line: str) -> None:
+def folders_in(data_dir: Path) -> list[SessionFolder]:
+    """Sessions of a data folder, in the order of their names; what may not be looked into is none."""
+    found = []
+    for path in sorted(data_dir.iterdir()):
+        try:
+            if (path / "journal").is_file():
+                found.append(SessionFolder(path))
+        except PermissionError:
+            log.warning("%s is not this user's: it is left alone", path)
+    return found
+
+
+def _sequence_number(line: bytes) -> int | None:
+    """Of a decision's whole line; none: it is not one."""
     try:
-        with open(path, "a", encoding="utf-8", opener=_private) as file:
-            file.write(line + "\n")
+        decision = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return decision.get("sequence_number") if isinstance(decision, dict) else None
+
+
+def _append_line(path: Path, line: str) -> bool:
+    """Whole or not at all; false: it could not be written."""
+    content = line.encode() + b"\n"
+    try:
+        with open(path, "ab", buffering=0, opener=_private) as file:
+            before = file.tell()
+            try:
+                n_written = file.write(content)
+            except OSError:
+                file.truncate(before)
+                raise
+            if n_written == len(content):
+                return True
+            file.truncate(before)
+            log.warning("cannot write %s: %s", path, os.strerror(errno.ENOSPC))
     except OSError as error:
         log.warning("cannot write %s: %s", path, error.strerror)
+    return False
 
 
 def _private(path: str, flags: int) -> int:

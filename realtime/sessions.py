@@ -15,7 +15,7 @@ from scansteer.protocols.scan import Scan, to_yaml
 from scansteer.realtime import journal
 from scansteer.realtime.codec import decode
 from scansteer.realtime.messages import Image, Open
-from scansteer.realtime.session_folder import SessionFolder
+from scansteer.realtime.session_folder import SessionFolder, folders_in
 
 _CLOSE = (4).to_bytes(2, "little")
 _IMAGE = (1022).to_bytes(2, "little")
@@ -40,7 +40,7 @@ def list_sessions(data_dir: Path) -> list[StoredSession]:
     """Every session in a data folder, oldest first."""
     if not data_dir.is_dir():
         return []
-    return sorted(map(_describe, _folders(data_dir)), key=lambda session: session.modified)
+    return sorted(map(_describe, folders_in(data_dir)), key=lambda session: session.modified)
 
 
 def export_session(data_dir: Path, session_id: str, file: Path) -> int:
@@ -93,16 +93,12 @@ def purge_old(data_dir: Path, retention_days: float) -> list[str]:
     return purge_sessions(data_dir, older_than_days=retention_days)
 
 
-def _folders(data_dir: Path) -> list[SessionFolder]:
-    return [SessionFolder(path) for path in sorted(data_dir.iterdir()) if (path / "journal").is_file()]
-
-
 def _purge(data_dir: Path, older_than_days: float, unfinished: bool) -> list[str]:
     """Journals are not read: a service does this at its start, with a scan waiting perhaps."""
     limit = time.time() - older_than_days * 86400
     chosen = [
         folder.path.name
-        for folder in _folders(data_dir)
+        for folder in folders_in(data_dir)
         if folder.journal.stat().st_mtime <= limit and (unfinished or folder.closed.exists())
     ]
     for session_id in chosen:
@@ -157,7 +153,7 @@ def _export_journal(folder: SessionFolder, archive: zipfile.ZipFile) -> int:
 def _existing(data_dir: Path, session_id: str) -> SessionFolder:
     folder = SessionFolder(data_dir / session_id)
     if Path(session_id).name != session_id or not folder.journal.is_file():
-        names = [folder.path.name for folder in _folders(data_dir)] if data_dir.is_dir() else []
+        names = [folder.path.name for folder in folders_in(data_dir)] if data_dir.is_dir() else []
         raise InputError(f"There is no session {session_id!r} in {data_dir}; there are: {', '.join(names) or 'none'}.")
     return folder
 

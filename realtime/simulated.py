@@ -112,7 +112,7 @@ class Simulator:
         axes = {axis.name: axis for axis in self.model.axes}
         maps = {name: _uniform(axes[name], rng.random(n_groups)) for name in self.mapped}
         stretch = 1 + 0.75 * (conditions.spread - 1)
-        values = {name: _uniform(axis, 0.5 + stretch * (rng.random(n) - 0.5)) for name, axis in axes.items()}
+        values = {name: _spread(axis, 0.5 + stretch * (rng.random(n) - 0.5)) for name, axis in axes.items()}
         for name, each in maps.items():
             value = np.repeat(each, GROUP)
             values[name] = value + conditions.spread * self.map_error(name, value) * rng.standard_normal(n)
@@ -215,6 +215,12 @@ def sampled_columns(
 
 def _uniform(axis: nuisance.Axis, share: np.ndarray) -> np.ndarray:
     return axis.lower + (axis.upper - axis.lower) * share
+
+
+def _spread(axis: nuisance.Axis, share: np.ndarray) -> np.ndarray:
+    """The same for shares beyond 0 .. 1: a relaxation time stays above half of its range's lower end."""
+    values = _uniform(axis, share)
+    return np.maximum(values, 0.5 * axis.lower) if axis.logarithmic else values
 
 
 def _random_pulse(scan: Scan, rng: np.random.Generator) -> SaturationBlock:

@@ -52,6 +52,8 @@ class Steering:
 
     def played(self, session: HostedSession, message: Played, request: Request) -> list[Outgoing]:
         session.check_played(message)
+        if message.repetition >= self._config.limits.max_repetitions:
+            raise ProtocolError("limit", f"Repetition {message.repetition} is beyond the {self._config.limits.max_repetitions} accepted.")
         if message.next_pulse_in_ms is not None:
             session.times.deadline[message.repetition] = time.perf_counter() + message.next_pulse_in_ms * 1e-3
         if session.sequencer.played(message.repetition) is None:

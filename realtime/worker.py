@@ -228,9 +228,9 @@ class Actor:
             return [Warned(str(error))]
 
     def change_region(self, side_images: SideImages) -> list[Event]:
-        """Absorb everything again with another mask."""
+        """Absorb everything again with another mask; one on which no image can be used changes nothing."""
         before, self._side_images = self._side_images, side_images
-        events = self._rebuild("The region was changed by the operator.")
+        events = self._rebuild("The region was changed by the operator.", must_decide=self._n_decisions > 0)
         if not any(isinstance(event, Decided) for event in events):
             self._side_images = before
         return events
@@ -262,23 +262,33 @@ class Actor:
         assert self._session is not None
         return [Summarised(self._session.summary().model_dump(mode="json"))]
 
-    def _rebuild(self, reason: str) -> list[Event]:
+    def _rebuild(self, reason: str, *, must_decide: bool = False) -> list[Event]:
         if self._session is None:
             return []
         try:
             session = self._make(self._complete_setup())
         except InputError as error:
             return [Warned(f"{reason} It had no effect: {error}")]
-        last: Decision | None = None
-        for step in self._history:
-            _, decision = self._give(session, step, time.perf_counter(), None)
-            last = decision or last
+        last, said = self._again(session)
+        if last is None and must_decide:
+            session.close()
+            return [Warned(" ".join([reason, "It had no effect: no image can be used so.", *said[:1]]))]
         self._session.close()
         self._session = session
         return_freed_memory()
         if last is None:
             return [Warned(reason)]
         return [Warned(reason), *self._published(last.model_copy(update={"warnings": (*last.warnings, reason)}))]
+
+    def _again(self, session: Session) -> tuple[Decision | None, list[str]]:
+        """Give a new session everything so far: its last decision, and why images could not be used."""
+        last: Decision | None = None
+        said: list[str] = []
+        for step in self._history:
+            events, decision = self._give(session, step, time.perf_counter(), None)
+            said += [event.reason for event in events if isinstance(event, ImageUnusable)]
+            last = decision or last
+        return last, said
 
     def _give(
         self, session: Session, step: Step, received_at: float, deadline: float | None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import zlib
 
 import ismrmrd
+import numpy as np
 import pytest
 
 from scansteer.core.errors import InputError
 from scansteer.realtime import images
 from scansteer.realtime.client import image_of
 from scansteer.realtime.image_check import IMAGE_FACTS
+from scansteer.realtime.images import image_message
 from scansteer.realtime.messages import Image, Subscribe
 
 
@@ -39,7 +41,8 @@ def test_an_envelope_that_contradicts_its_image_is_refused(stage, opening, make_
         (lambda body: body + b"\0", "malformed"),
         (lambda body: body[:2] + b"\x63\x00" + body[4:], "malformed"),
         (lambda body: body[:16] + b"\xff\xff\xff\xff" + body[20:], "too-large"),
-        (lambda body: body[:198] + b"\xff" * 8 + body[206:], "malformed"),
+        (lambda body: body[:198] + b"\xff" * 8 + body[206:], "too-large"),
+        (lambda body: body[:198] + (2**20 + 1).to_bytes(8, "little") + bytes(2**20 + 1) + body[206:], "too-large"),
         (lambda body: body[:16] + bytes(6) + body[22:], "too-large"),
     ],
 )
@@ -106,6 +109,30 @@ def test_a_new_mask_during_the_scan_changes_the_region(stage, opening, make_imag
     assert (after.sequence_number, after.n_images) == (2, 2)
     assert after.reason != before[-1].reason
     assert "region was changed" in after.warnings[-1]
+
+
+def test_a_mask_on_which_no_image_can_be_used_changes_nothing(serve_config, fake_session, make_stage, opening, make_image):
+    class Particular(fake_session):
+        def absorb(self, frame, **others):
+            if self.setup.region is not None and not self.setup.region.pixels.any():
+                raise InputError("The label image marks no voxel.")
+            return super().absorb(frame, **others)
+
+    stage = make_stage(serve_config, Particular)
+    stage.say(opening)
+    for repetition in range(2):
+        stage.image("s", make_image(repetition))
+    stage.work()
+    body = image_message(np.zeros((1, 5, 4), np.float32), meta={"DataRole": "MASK"})
+    stage.say(image_of("s", body, role="mask"), [body])
+    stage.work()
+    assert "no effect" in (said := stage.broker.status().sessions[0].warnings[-1])
+    assert "marks no voxel" in said
+    assert stage.broker.status().sessions[0].n_decisions == 2
+    stage.image("s", make_image(2))
+    stage.work()
+    assert stage.broker.status().sessions[0].n_decisions == 3
+    stage.broker.close()
 
 
 def test_an_image_is_not_mistaken_for_one_in_another_role(stage, opening, make_image, kinds):

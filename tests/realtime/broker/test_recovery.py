@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
-from scansteer.realtime import journal
+from scansteer.realtime import journal, session_folder
 from scansteer.realtime.messages import Close, Control, DecisionAck, Missing, Ping, Played, PlayedPulse, Subscribe
 
 PULSE = PlayedPulse(b1_ut=1.0, offset_ppm=3.0, t_sat_s=1.0, t_rec_s=1.0)
@@ -183,6 +185,77 @@ def test_no_session_takes_the_place_of_the_folders_own_files(name, stage, openin
     (refused,) = stage.say(opening.model_copy(update={"session_id": name}))
     assert refused.code == "conflict"
     assert kinds(stage.say(opening)) == ["opened"]
+
+
+def numbers_in(path) -> list[int]:
+    return [json.loads(line)["sequence_number"] for line in path.read_text().splitlines()]
+
+
+def test_decisions_that_a_full_disk_kept_out_come_with_the_next_one(stage, opening, make_image, serve_config, monkeypatch):
+    stage.say(opening)
+    path = serve_config.data_dir / "s" / "decisions.jsonl"
+    write = session_folder._append_line
+    for repetition in range(4):
+        full = repetition in (1, 2)
+        monkeypatch.setattr(session_folder, "_append_line", lambda path, line, full=full: not full and write(path, line))
+        stage.image("s", make_image(repetition))
+        assert sum(message.kind == "decision" for message in stage.work()) <= 1
+    assert numbers_in(path) == [0, 1, 2, 3]
+
+
+def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path):
+    """A device that is full takes nothing; what was there before stays."""
+    folder = session_folder.SessionFolder(tmp_path)
+    (tmp_path / "decisions.jsonl").symlink_to("/dev/full")
+    assert not folder.write_decision("{}")
+    (tmp_path / "decisions.jsonl").unlink()
+    assert folder.write_decision('{"sequence_number": 0}')
+    assert numbers_in(folder.decisions) == [0]
+
+
+@pytest.mark.parametrize("spoiled", ['{"sequence_number": 1, "act{"sequence_number": 2}\n', '{"sequence_number": 7}\n', "[]\n"])
+def test_spoiled_decisions_are_written_again_from_the_journal(spoiled, stage, opening, make_image, serve_config, fake_session):
+    stage.say(opening)
+    for repetition in range(3):
+        stage.image("s", make_image(repetition))
+    stage.work()
+    path = serve_config.data_dir / "s" / "decisions.jsonl"
+    whole = path.read_text()
+    path.write_text(whole.splitlines(keepends=True)[0] + spoiled)
+    second = stage.restarted(serve_config, fake_session)
+    second.work()
+    assert path.read_text() == whole
+    second.broker.close()
+
+
+def test_what_may_not_be_looked_into_keeps_no_service_from_starting(stage, opening, serve_config, fake_session, monkeypatch, caplog):
+    stage.say(opening)
+    (serve_config.data_dir / "lost+found").mkdir()
+    is_file = Path.is_file
+
+    def guarded(self) -> bool:
+        if self.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(self))
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", guarded)
+    second = stage.restarted(serve_config, fake_session)
+    assert [session.session_id for session in second.broker.status().sessions] == ["s"]
+    assert "lost+found" in caplog.text
+    second.broker.close()
+
+
+def test_a_close_whose_answer_was_lost_is_answered_after_a_restart(stage, opening, make_image, serve_config, fake_session):
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    stage.work()
+    stage.say(Close(session_id="s"))
+    (first,) = [message for message in stage.work() if message.kind == "closed"]
+    second = stage.restarted(serve_config, fake_session)
+    (again,) = second.say(Close(session_id="s"))
+    assert (again.kind, again.summary) == ("closed", first.summary)
+    assert second.say(Close(session_id="other"))[0].code == "unknown-session"
+    second.broker.close()
 
 
 def test_a_decision_is_written_once_although_it_is_computed_again(stage, opening, make_image, serve_config, fake_session):
