@@ -130,7 +130,8 @@ def parse(text: str, source: str = "sequence") -> Sequence:
     try:
         return _Reader(_sections(text, source), source).read()
     except KeyError as error:
-        said = f"it names number {error.args[0]}, which it does not hold" if isinstance(error.args[0], int) else f"{error.args[0]} is missing"
+        missing = error.args[0]
+        said = f"it refers to a block, event or shape of number {missing}, which it does not hold" if isinstance(missing, int) else f"{missing} is missing"
     except IndexError:
         said = "a line has too few numbers"
     except ValueError as error:
