@@ -131,7 +131,7 @@ def parse(text: str, source: str = "sequence") -> Sequence:
         return _Reader(_sections(text, source), source).read()
     except KeyError as error:
         missing = error.args[0]
-        said = f"it refers to a block, event or shape of number {missing}, which it does not hold" if isinstance(missing, int) else f"{missing} is missing"
+        said = f"it refers to a block or event number {missing}, which it does not hold" if isinstance(missing, int) else f"{missing} is missing"
     except IndexError:
         said = "a line has too few numbers"
     except ValueError as error:

@@ -134,7 +134,7 @@ def load_model(path: str | Path) -> CestModel:
     try:
         return CestModel.model_validate(data)
     except ValidationError as error:
-        raise InputError(f"Model {path}: {description.explain(error, "docs/simulate-a-sequence.md")}") from error
+        raise InputError(f"Model {path}: {description.explain(error, 'docs/simulate-a-sequence.md')}") from error
 
 
 def tissue(model: CestModel) -> core_tissue.Tissue:
