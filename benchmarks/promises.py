@@ -257,12 +257,11 @@ def quadrature(name: str) -> None:
 
 
 def resolution(name: str, permille: int = 5) -> None:
-    """Print how far the posterior moves where the lattice has more than twice as many points along each side; the model exact, no discrepancy."""
+    """Print how far the posterior moves where the lattice has more than twice as many points along each side."""
     scan = load(name)
-    exact = scan.model_copy(update={"noise": scan.noise.model_copy(update={"discrepancy": 0.0})})
-    scene = world.from_priors(exact, N_RESOLUTION, (17,))
+    scene = world.from_priors(scan, N_RESOLUTION, (17,))
     scene = replace(scene, sigma=1e-3 * permille * float(np.mean(scene.amplitude)))
-    plain, finer = (Reference(exact, list(scene.maps), n_points) for n_points in (None, (N_FINER, N_FINER)))
+    plain, finer = (Reference(scan, list(scene.maps), n_points) for n_points in (None, (N_FINER, N_FINER)))
     scanner, noise = world.Scanner(scene), NoiseEstimate(scene.sigma, 200.0)
     print(f"\n## {name}: noise of {permille / 1000:.1%} of M0, {plain.prior.box.n_points} points\n")
     for n, block in enumerate(scan.schedule, 1):
