@@ -82,12 +82,18 @@ def images_of(folder: Path) -> list[np.ndarray]:
 
 
 def test_replay_leaves_decisions_maps_summary_and_report(monkeypatch, capsys, folder, tmp_path):
+    (tmp_path / "maps_003").mkdir()
+    (tmp_path / "maps_003" / "fs_map.nii.gz").write_bytes(b"of an earlier replay")
     code, _, _ = run(monkeypatch, capsys, "replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out", tmp_path, "--maps-at", "2")
     assert code == 0
     decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
     assert [decision["n_images"] for decision in decisions] == [1, 2, 3, 4]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"scan", "n_images", "would_stop_at", "nrmse_median", "latency_ms", "ready_s", "versions"} <= set(summary)
+    said = {warning for decision in decisions for warning in decision["warnings"]}
+    assert any("direction cosines" in warning for warning in said)
+    assert said <= set(summary["warnings"])
+    assert not list((tmp_path / "maps_003").iterdir())
     for place in ("maps", "maps_002"):
         image = nibabel.load(tmp_path / place / "fs_map.nii.gz")
         assert image.shape[:2] == (24, 20)
@@ -112,6 +118,7 @@ def test_first_images_of_a_replay_are_those_of_the_whole(monkeypatch, capsys, fo
         (("replay", "small.yaml", "--scan", "small.yaml", "--out", "out"), "not an MRD file"),
         (("replay", "good.h5", "--scan", "mt-mouse-7T-30", "--out", "out"), "7 T"),
         (("replay", "good.h5", "--scan", "small.yaml", "--out", "out", "--maps-at", "x"), "--maps-at"),
+        (("replay", "good.h5", "--scan", "small.yaml", "--out", "out", "--maps-at", "2,9"), "after 9 images; 4 are replayed"),
         (("replay", "good.h5", "--scan", "small.yaml", "--out", "out", "--map", "t9=a.nii.gz"), "t9"),
         (("replay", "good.h5", "--scan", "small.yaml", "--out", "out", "--map", "t1"), "NAME=VALUE"),
         (("replay", "good.h5", "--scan", "small.yaml", "--out", "out", "--roi", "none.nii.gz"), "none.nii.gz"),
