@@ -239,7 +239,8 @@ def means(name: str, scenes: int = 16) -> None:
 def quadrature(name: str) -> None:
     """Print how far the posterior moves where every unmeasured nuisance's range is cut in two, and each combination of halves is one of a mixture."""
     scan, recording, signals, maps = _measured(name)
-    plain, finer = (Reference(scan, list(recording.maps), n_slices=n_slices) for n_slices in (1, 2))
+    plain = Reference(scan, list(recording.maps))
+    finer = Reference(scan, list(recording.maps), plain.prior.box.n_points, n_slices=2)
     for each in (plain, finer):
         each.begin(maps, signals[0])
     n_combinations = 2 ** sum(axis.name not in maps for axis in plain.model.axes)

@@ -242,6 +242,13 @@ class Limits(Model):
     b1rms_6min_ut: Positive
     """The same over any 6 min [uT]."""
 
+    @field_validator("t_sat_s", "t_rec_s")
+    @classmethod
+    def _lasts(cls, value: Range) -> Range:
+        if value.lower < 0:
+            raise ValueError(f"a time must not be negative, got a range from {value.lower:g} s")
+        return value
+
 
 class Scan(Model):
     """One acquisition: field, pools, parameters, schedule, readout, first state, auxiliaries, noise, targets, limits."""
@@ -287,6 +294,8 @@ class Scan(Model):
         for name, span in self.auxiliaries.items():
             if span.lower <= 0 and name in _ABOVE_ZERO:
                 raise ValueError(f"auxiliaries: {name} must be positive, got a range from {span.lower:g}")
+            if span.lower < 0 and name != "b0_ppm":
+                raise ValueError(f"auxiliaries: {name} must not be negative, got a range from {span.lower:g}")
         names = [pool.name for pool in self.pools]
         if len(set(names)) < len(names):
             raise ValueError(f"pools: {max(names, key=names.count)!r} occurs twice; give every pool a name of its own")
@@ -331,14 +340,21 @@ def bounds(value: float | Range) -> tuple[float, float]:
     return (value.lower, value.upper) if isinstance(value, Range) else (value, value)
 
 
+class _GivenTwiceError(yaml.YAMLError):
+    """A key of one mapping."""
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML's own loader takes the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.YAMLError(f"key {twice!r} is given twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise _GivenTwiceError(f"key {key.value!r} is given twice, again in line {key.start_mark.line + 1}; keep one")
+            seen.add(key.value)
+        return node
 
 
 def from_yaml(text: str, source: str = "scan") -> Scan:
@@ -351,6 +367,8 @@ def from_yaml(text: str, source: str = "scan") -> Scan:
     """
     try:
         data = yaml.load(text, _UniqueKeys)
+    except _GivenTwiceError as error:
+        raise InputError(f"{source}: {error}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: a date that is none, nested without end
         raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict):
@@ -364,9 +382,7 @@ def from_yaml(text: str, source: str = "scan") -> Scan:
 def explain(error: ValidationError, reference: str = "`scansteer scans show --schema`") -> str:
     """The first complaint of a pydantic validation in one sentence, with the number of further ones and where the fields are described."""
     first, *others = error.errors()
-    if isinstance(first.get("input"), dict) and first["type"] == "value_error":  # it names what it is about
-        return first["msg"].removeprefix("Value error, ") + (f" (and {len(others)} more)." if others else ".")
-    field = ".".join(str(part) for part in first["loc"]) or "scan"
+    field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         text = f"unknown field {field!r}; remove it or compare with {reference}"
     elif first["type"] == "missing":
@@ -374,7 +390,8 @@ def explain(error: ValidationError, reference: str = "`scansteer scans show --sc
     else:
         shown = repr(first.get("input"))
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        text = f"field {field!r}: {first['msg'].removeprefix('Value error, ')} (got {shown})"
+        text = f"field {field!r}: " if field else ""
+        text += first["msg"].removeprefix("Value error, ") + ("" if isinstance(first.get("input"), dict) else f" (got {shown})")
     return text + (f" (and {len(others)} more)." if others else ".")
 
 

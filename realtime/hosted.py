@@ -286,7 +286,10 @@ class HostedSession:
                 pass
 
     def is_news(self, decision: Decision) -> bool:
-        """Whether a decision was not yet published before a restart; it is then written to decisions.jsonl."""
+        """Whether a decision was not yet published before a restart; it is then written to decisions.jsonl.
+
+        Known by that file: after a full disk and a restart, decisions that it does not hold are published again, with their old numbers.
+        """
         if decision.sequence_number < self._n_announced:
             return False
         self._n_announced += 1

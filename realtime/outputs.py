@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -94,8 +95,7 @@ def write_outputs(
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for file in out.glob("maps_[0-9]*/*.nii.gz"):  # of an earlier replay into this folder
-            file.unlink()
+        _forget_earlier(out)
         for n_images, at_that_time in (maps_at or {}).items():
             write_maps(out / f"maps_{n_images:03d}", at_that_time, geometry, summary, n_images)
         write_maps(out / "maps", maps, geometry, summary, decisions[-1].n_images if decisions else 0)
@@ -103,6 +103,16 @@ def write_outputs(
         (out / "report.html").write_text(report.render(decisions, maps, summary, look_back()), encoding="utf-8")
     except OSError as error:
         raise ScansteerError(f"Cannot write {error.filename or out}: {error.strerror}.") from error
+
+
+_OUR_MAPS = re.compile(r"maps(_\d{3,})?/(\w+_(map|lower|upper|draw)|nrmse)\.nii\.gz")
+
+
+def _forget_earlier(out: Path) -> None:
+    """Maps of an earlier replay into this folder, which the new one need not have."""
+    for file in out.glob("maps*/*.nii.gz"):
+        if _OUR_MAPS.fullmatch(file.relative_to(out).as_posix()):
+            file.unlink()
 
 
 def write_maps(

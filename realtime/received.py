@@ -44,10 +44,12 @@ class Received:
             return None
         _, checksum_of_body = known.checksums
         if checksum_of_body != message.crc32:
+            kind = "image" if message.role == "image" else f"{message.role} image"
+            way_out = "; a further mask needs another series or repetition" if message.role == "mask" else ""
             raise ProtocolError(
                 "conflict",
-                f"Another image of repetition {message.repetition} (series {message.series}, slice {message.slice}, "
-                f"set {message.set}) was accepted before; an image is never replaced.",
+                f"Another {kind} of repetition {message.repetition} (series {message.series}, slice {message.slice}, "
+                f"set {message.set}) was accepted before; an image is never replaced{way_out}.",
             )
         return Accepted(
             session_id=message.session_id, sequence_number=known.sequence, repetition=message.repetition, duplicate=True

@@ -132,8 +132,8 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
         for warning in warnings:
             console.print(f"[yellow]Warning:[/yellow] {warning}", highlight=False)
         setup = _setup(source, scan, options)
-        log = stack.enter_context(DecisionLog(out / "decisions.jsonl"))
         _check_images(options, source)
+        log = stack.enter_context(DecisionLog(out / "decisions.jsonl"))
         with console.status("compiling and simulating the schedule"):
             if options.connect is None:
                 runner: Runner = Here(setup, options.encoder)
@@ -143,7 +143,7 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
         troubles, maps_at = _stream(source, runner, scan, log, recorder, options, console)
         maps = runner.maps() if log.decisions else {}
         first = source.first()
-        said = dict.fromkeys([*warnings, *(warning for decision in log.decisions for warning in decision.warnings)])
+        said = dict.fromkeys([*warnings, *(warning for decision in log.decisions for warning in decision.warnings), *troubles])
         summary = runner.finish() | {"warnings": list(said)}
         geometry = first.frame.geometry if first is not None else None
         write_outputs(out, log.decisions, geometry, maps, summary, maps_at, partial(_look_back, recorder, setup))

@@ -80,9 +80,11 @@ class SessionFolder:
     def write_closed(self, summary: dict[str, Any]) -> None:
         """The session has ended; it is not taken up again."""
         content = {"closed": datetime.now(UTC).isoformat(timespec="seconds"), "summary": summary}
+        unfinished = self.closed.with_suffix(".part")
         try:
-            with open(self.closed, "w", encoding="utf-8", opener=_private) as file:
+            with open(unfinished, "w", encoding="utf-8", opener=_private) as file:
                 json.dump(content, file)
+            unfinished.replace(self.closed)  # half a file would pass for the end of the session
         except OSError as error:
             log.warning("cannot write %s: %s", self.closed, error.strerror)
 
@@ -90,28 +92,28 @@ class SessionFolder:
         """The summary of a session that has ended; none: it has not."""
         try:
             return json.loads(self.closed.read_text(encoding="utf-8"))["summary"]
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, KeyError, TypeError):
-            return {}
+            return None
 
     def count_decisions(self) -> int:
         """Lines of the decisions; 0 if there are none."""
         try:
             with self.decisions.open("rb") as file:
                 return sum(line.endswith(b"\n") for line in file)
-        except FileNotFoundError:
+        except OSError:
             return 0
 
     def mend_decisions(self) -> None:
         """Cut the decisions off where a crash or a full disk left a line torn, or a gap: the journal says them again."""
         try:
             lines = self.decisions.read_bytes().splitlines(keepends=True)
+            n_whole = next((number for number, line in enumerate(lines) if _sequence_number(line) != number), len(lines))
+            if n_whole < len(lines):
+                os.truncate(self.decisions, sum(map(len, lines[:n_whole])))
         except FileNotFoundError:
             return
-        n_whole = next((number for number, line in enumerate(lines) if _sequence_number(line) != number), len(lines))
-        if n_whole < len(lines):
-            os.truncate(self.decisions, sum(map(len, lines[:n_whole])))
+        except OSError as error:
+            log.warning("cannot mend %s: %s", self.decisions, error.strerror)
 
 
 def folders_in(data_dir: Path) -> list[SessionFolder]:

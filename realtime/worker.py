@@ -175,6 +175,8 @@ class Actor:
         self._side_images: SideImages = {}
         self._excluded: set[int] = set()
         self._n_decisions = 0
+        self._has_used_images = False
+        """The present session has: another region must not put an end to that."""
 
     def run(self, job: Job) -> list[Event]:
         """A job of this actor. An error that nobody foresaw ends the posterior: half an image may be in it, and nothing builds on that."""
@@ -202,6 +204,7 @@ class Actor:
         if self._session is None:
             return []
         events, decision = self._give(self._session, step, received_at, deadline)
+        self._has_used_images |= decision is not None
         if step.report_is_lost:
             assumed = f"The report of what was played in repetition {step.repetition} is lost: the scheduled pulse is assumed."
             events = [*events, Warned(assumed)]
@@ -229,9 +232,9 @@ class Actor:
 
     def change_region(self, side_images: SideImages) -> list[Event]:
         """Absorb everything again with another mask; one on which no image can be used changes nothing."""
-        before, self._side_images = self._side_images, side_images
-        events = self._rebuild("The region was changed by the operator.", must_decide=self._n_decisions > 0)
-        if not any(isinstance(event, Decided) for event in events):
+        session, before, self._side_images = self._session, self._side_images, side_images
+        events = self._rebuild("The region was changed by the operator.", must_use_images=self._has_used_images)
+        if self._session is session:
             self._side_images = before
         return events
 
@@ -262,7 +265,7 @@ class Actor:
         assert self._session is not None
         return [Summarised(self._session.summary().model_dump(mode="json"))]
 
-    def _rebuild(self, reason: str, *, must_decide: bool = False) -> list[Event]:
+    def _rebuild(self, reason: str, *, must_use_images: bool = False) -> list[Event]:
         if self._session is None:
             return []
         try:
@@ -270,11 +273,11 @@ class Actor:
         except InputError as error:
             return [Warned(f"{reason} It had no effect: {error}")]
         last, said = self._again(session)
-        if last is None and must_decide:
+        if last is None and must_use_images:
             session.close()
             return [Warned(" ".join([reason, "It had no effect: no image can be used so.", *said[:1]]))]
         self._session.close()
-        self._session = session
+        self._session, self._has_used_images = session, last is not None
         return_freed_memory()
         if last is None:
             return [Warned(reason)]

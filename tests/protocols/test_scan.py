@@ -46,6 +46,9 @@ def set_at(path: str, value: object) -> Callable[[Description], None]:
         (set_at("parameters/fs/upper", 5.0), "a volume fraction is at most 1, got a box up to 5"),
         (set_at("readout/encoded_shot", 9), "must be less than n_shots = 1, got 9"),
         (set_at("matrix", [20, 0, 1]), "matrix"),
+        (set_at("auxiliaries/fss", {"lower": -0.1, "upper": 0.1}), "fss must not be negative, got a range from -0.1"),
+        (set_at("limits/t_rec_s/lower", -1.0), r"field 'limits\.t_rec_s': a time must not be negative, got a range from -1 s"),
+        (set_at("readout/flip_deg", -10.0), r"field 'readout\.flip_deg': .* \(got -10\.0\)"),
         (set_at("first_state", {"mz": {"lower": 0.5, "upper": 5.0}}), "mz must lie within -1 .. 1 of equilibrium, got 0.5 .. 5"),
         (swap, "uses 'fs' as f; the fraction is listed first, the rate second"),
     ],
@@ -60,8 +63,17 @@ def test_what_cannot_be_is_refused_with_its_value(change, said):
 
 
 def test_a_key_that_is_given_twice_is_refused():
-    with pytest.raises(InputError, match="key 'name' is given twice"):
-        from_yaml(to_yaml(PUBLISHED) + "name: other\n")
+    text = to_yaml(PUBLISHED)
+    with pytest.raises(InputError, match=rf"^scan: key 'name' is given twice, again in line {text.count(chr(10)) + 1}; keep one\.$"):
+        from_yaml(text + "name: other\n")
+
+
+def test_an_anchor_may_be_merged_and_one_of_its_keys_given_anew():
+    first = PUBLISHED.schedule[0].model_dump(mode="json")
+    text = yaml.safe_dump(PUBLISHED.model_dump(mode="json", exclude_none=True, exclude={"schedule"}), sort_keys=False)
+    rows = f"schedule:\n- &first {first}\n- <<: *first\n  b1_ut: 1.25\n".replace("'", "")
+    scan = from_yaml(text + rows)
+    assert scan.schedule[1] == scan.schedule[0].model_copy(update={"b1_ut": 1.25})
 
 
 def test_every_field_of_the_schema_says_what_it_means():

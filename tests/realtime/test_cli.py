@@ -84,6 +84,7 @@ def images_of(folder: Path) -> list[np.ndarray]:
 def test_replay_leaves_decisions_maps_summary_and_report(monkeypatch, capsys, folder, tmp_path):
     (tmp_path / "maps_003").mkdir()
     (tmp_path / "maps_003" / "fs_map.nii.gz").write_bytes(b"of an earlier replay")
+    (tmp_path / "maps_003" / "anatomy.nii.gz").write_bytes(b"the user's own")
     code, _, _ = run(monkeypatch, capsys, "replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out", tmp_path, "--maps-at", "2")
     assert code == 0
     decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
@@ -93,11 +94,18 @@ def test_replay_leaves_decisions_maps_summary_and_report(monkeypatch, capsys, fo
     said = {warning for decision in decisions for warning in decision["warnings"]}
     assert any("direction cosines" in warning for warning in said)
     assert said <= set(summary["warnings"])
-    assert not list((tmp_path / "maps_003").iterdir())
+    assert [file.name for file in (tmp_path / "maps_003").iterdir()] == ["anatomy.nii.gz"]
     for place in ("maps", "maps_002"):
         image = nibabel.load(tmp_path / place / "fs_map.nii.gz")
         assert image.shape[:2] == (24, 20)
     assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_a_replay_that_is_refused_leaves_the_earlier_one_alone(monkeypatch, capsys, folder, tmp_path):
+    (tmp_path / "decisions.jsonl").write_text("of an earlier replay")
+    code, _, _ = run(monkeypatch, capsys, "replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out", tmp_path, "--maps-at", "9")
+    assert code == 2
+    assert (tmp_path / "decisions.jsonl").read_text() == "of an earlier replay"
 
 
 def test_first_images_of_a_replay_are_those_of_the_whole(monkeypatch, capsys, folder, tmp_path):

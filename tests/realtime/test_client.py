@@ -45,7 +45,7 @@ def wait_until_alone(client: Client, session_id: str) -> None:
     ],
 )
 def test_what_cannot_be_asked_is_said_in_one_sentence(scan, ask):
-    with Client("tcp://127.0.0.1:9") as client, pytest.raises(InputError, match=r"^[^\n]*field [^\n]*\.$") as caught:
+    with Client("tcp://127.0.0.1:9") as client, pytest.raises(InputError, match=r"^[^\n]*(field|repetition) [^\n]*\.$") as caught:
         ask(client, scan)
     assert len(str(caught.value)) < 400
 

@@ -41,6 +41,7 @@ class Replay:
             self.estimates.append([maps[f"{name}_map"] for name in names])
             self.halfwidths.append([(maps[f"{name}_upper"] - maps[f"{name}_lower"]) / 2 for name in names])
         self.nrmse = maps["nrmse"]
+        self.n_points = session._reference.prior.box.n_points
         self.signals = np.stack([frame.pixels[0][self.truth["mask"]] for frame in frames])
         session.close()
 
@@ -83,6 +84,12 @@ def test_every_image_of_a_real_scan_counts_and_no_voxel_is_said_to_have_moved(na
     assert max(region.fraction_moved for decision in decisions for region in decision.regions) < 0.01
 
 
+def test_lattices_are_as_fine_as_the_scans_need(phantom, mouse):
+    """The phantom's posteriors get narrower: its description states less discrepancy, and fewer ranges."""
+    assert phantom.n_points == resolution.FINE
+    assert mouse.n_points == resolution.COARSE
+
+
 def test_mouse_fits_and_lies_where_it_should(mouse):
     assert np.median(mouse.nrmse) <= 0.03
     assert 0.08 <= np.median(mouse.estimates[-1][0]) <= 0.14
@@ -103,6 +110,7 @@ def test_first_images_alone_give_the_same_decisions(phantom, real_scans):
 @pytest.mark.long
 def test_wide_description_of_the_phantom_bounds_its_errors(real_scans):
     wide = Replay(real_scans, "larg_phantom_9T4", load("larg-phantom-9.4T-wide"))
+    assert wide.n_points == resolution.COARSE
     assert np.all(wide.bounded().mean(axis=0) >= 0.95)
     assert wide.bounded().min() >= 0.85
     assert all(decision.lack_of_fit.passed for decision in wide.decisions)

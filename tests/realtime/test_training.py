@@ -9,8 +9,9 @@ import pytest
 
 from scansteer.core.errors import InputError
 from scansteer.core.noise import NoiseEstimate
+from scansteer.core.nuisance import Axis
 from scansteer.protocols.builtin import BUILTIN
-from scansteer.realtime import encoder_file, training
+from scansteer.realtime import encoder_file, simulated, training
 from scansteer.realtime.recording import Recording
 from scansteer.realtime.training import Settings, mapped_names, size_of, train, train_files, weights_of
 
@@ -29,6 +30,12 @@ def test_maps_are_those_of_the_files_unless_named():
     assert mapped_names(None, [of_file]) == ("t1_s", "t2_s")
     assert mapped_names(("t1",), [of_file]) == ("t1_s",)
     assert mapped_names(None, []) == ()
+
+
+def test_no_relaxation_time_drawn_beyond_its_range_is_negative():
+    t2 = Axis("t2_s", 0.3, 2.5, logarithmic=True)
+    drawn = simulated._spread(t2, np.array([-0.375, 0.0, 0.5, 1.375]))
+    np.testing.assert_allclose(drawn, [0.15, 0.3, 1.4, 3.325])
 
 
 def test_without_names_the_maps_are_those_of_the_weights_to_start_from():

@@ -105,6 +105,10 @@ def test_a_new_mask_during_the_scan_changes_the_region(stage, opening, make_imag
     before = [message.decision for message in stage.work() if message.kind == "decision"]
     body = make_image(0, meta={"DataRole": "MASK"})
     stage.say(image_of("s", body, role="mask"), [body])
+    other = image_message(np.full((1, 5, 4), 2, np.float32), meta={"DataRole": "MASK"})
+    (refused,) = stage.say(image_of("s", other, role="mask"), [other])
+    assert "Another mask image of repetition 0" in refused.reason
+    assert "a further mask needs another series or repetition" in refused.reason
     (after,) = [message.decision for message in stage.work() if message.kind == "decision"]
     assert (after.sequence_number, after.n_images) == (2, 2)
     assert after.reason != before[-1].reason
@@ -123,6 +127,7 @@ def test_a_mask_on_which_no_image_can_be_used_changes_nothing(serve_config, fake
     for repetition in range(2):
         stage.image("s", make_image(repetition))
     stage.work()
+    assert stage.broker.status().sessions[0].n_decisions == 2
     body = image_message(np.zeros((1, 5, 4), np.float32), meta={"DataRole": "MASK"})
     stage.say(image_of("s", body, role="mask"), [body])
     stage.work()
@@ -132,6 +137,31 @@ def test_a_mask_on_which_no_image_can_be_used_changes_nothing(serve_config, fake
     stage.image("s", make_image(2))
     stage.work()
     assert stage.broker.status().sessions[0].n_decisions == 3
+    stage.broker.close()
+
+
+def test_before_any_image_was_used_every_mask_is_taken(serve_config, fake_session, make_stage, opening, make_image):
+    """The first mask allows no image and the second one does: neither is refused for it."""
+
+    class Particular(fake_session):
+        def absorb(self, frame, **others):
+            if self.setup.region is None or not self.setup.region.pixels.any():
+                raise InputError("The label image marks no voxel.")
+            return super().absorb(frame, **others)
+
+    stage = make_stage(serve_config, Particular)
+    stage.say(opening)
+    for repetition in range(2):
+        stage.image("s", make_image(repetition))
+    stage.work()
+    assert stage.broker.status().sessions[0].n_decisions == 0
+    for number, pixel in enumerate((0, 1)):
+        body = image_message(np.full((1, 5, 4), pixel, np.float32), repetition=number, meta={"DataRole": "MASK"})
+        (answer,) = stage.say(image_of("s", body, role="mask"), [body])
+        assert answer.kind == "accepted"
+        stage.work()
+        assert "no effect" not in stage.broker.status().sessions[0].warnings[-1]
+    assert stage.broker.status().sessions[0].n_decisions == 1
     stage.broker.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -199,8 +200,9 @@ def test_decisions_that_a_full_disk_kept_out_come_with_the_next_one(stage, openi
         full = repetition in (1, 2)
         monkeypatch.setattr(session_folder, "_append_line", lambda path, line, full=full: not full and write(path, line))
         stage.image("s", make_image(repetition))
-        assert sum(message.kind == "decision" for message in stage.work()) <= 1
+        stage.work()
     assert numbers_in(path) == [0, 1, 2, 3]
+    assert stage.broker.status().sessions[0].n_decisions == 4
 
 
 def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path):
@@ -211,6 +213,31 @@ def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path):
     (tmp_path / "decisions.jsonl").unlink()
     assert folder.write_decision('{"sequence_number": 0}')
     assert numbers_in(folder.decisions) == [0]
+
+
+def test_of_a_line_that_fits_in_half_nothing_stays(tmp_path):
+    """The system takes the bytes up to its limit, and says how many."""
+    folder = session_folder.SessionFolder(tmp_path)
+    assert folder.write_decision('{"sequence_number": 0}')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (folder.decisions.stat().st_size + 5, hard))
+        assert not folder.write_decision('{"sequence_number": 1}')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert numbers_in(folder.decisions) == [0]
+    assert folder.write_decision('{"sequence_number": 1}')
+    assert numbers_in(folder.decisions) == [0, 1]
+
+
+def test_half_a_closing_note_ends_no_session(tmp_path):
+    folder = session_folder.SessionFolder(tmp_path)
+    assert folder.read_closed() is None
+    folder.write_closed({"n_images": 3})
+    assert folder.read_closed() == {"n_images": 3}
+    assert [file.name for file in tmp_path.iterdir()] == [folder.closed.name]
+    folder.closed.write_text(folder.closed.read_text()[:20])
+    assert folder.read_closed() is None
 
 
 @pytest.mark.parametrize("spoiled", ['{"sequence_number": 1, "act{"sequence_number": 2}\n', '{"sequence_number": 7}\n', "[]\n"])

@@ -6,6 +6,7 @@ import pytest
 
 from scansteer.realtime.client import image_of
 from scansteer.realtime.codec import decode, encode
+from scansteer.realtime.config import Limits
 from scansteer.realtime.messages import Control, DecisionAck, GetMaps, Played, PlayedPulse, Subscribe
 
 
@@ -78,6 +79,16 @@ def test_a_controller_whose_line_dropped_acts_again_at_once(stage, opening, make
     answers = stage.say(Subscribe(session_id="s", mode="acting", controller_id="a"), identity=b"new")
     assert sorted(kinds(answers)) == ["decision", "done"]
     assert list(stage.broker.sessions.get("s").attendance.controllers) == [b"new"]
+
+
+def test_a_pulse_beyond_the_accepted_repetitions_is_refused(serve_config, fake_session, make_stage, opening):
+    stage = make_stage(serve_config.model_copy(update={"limits": Limits(max_repetitions=100)}), fake_session)
+    stage.say(opening)
+    pulse = PlayedPulse(b1_ut=1.0, offset_ppm=3.0, t_sat_s=1.0, t_rec_s=1.0)
+    assert not [each for each in stage.say(Played(session_id="s", repetition=99, pulse=pulse)) if each.kind == "error"]
+    (refused,) = stage.say(Played(session_id="s", repetition=100, pulse=pulse))
+    assert (refused.code, refused.reason) == ("limit", "Repetition 100 is beyond the 100 accepted.")
+    stage.broker.close()
 
 
 @pytest.mark.parametrize("other", ["", "b"])
