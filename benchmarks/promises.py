@@ -246,7 +246,7 @@ def quadrature(name: str) -> None:
     n_combinations = 2 ** sum(axis.name not in maps for axis in plain.model.axes)
     print(f"\n## {name}: one beside {n_combinations} combinations of halves\n")
     for n, (signal, noise, block) in enumerate(zip(signals, recording.noise, scan.schedule, strict=True), 1):
-        ours, theirs = (each.absorb(signal, noise, block, first=n == 1).summary for each in (plain, finer))
+        ours, theirs = (each.absorb(each.play(block, first=n == 1), signal, noise).summary for each in (plain, finer))
         if n not in QUADRATURE_AT:
             continue
         for axis, parameter in enumerate(scan.parameter_names):
@@ -269,7 +269,7 @@ def resolution(name: str, permille: int = 5) -> None:
         signal = scanner.play(block)
         for each in (plain, finer) if n == 1 else ():
             each.begin(dict(scene.maps), signal)
-        ours, theirs = (each.absorb(signal, noise, block, first=n == 1).summary for each in (plain, finer))
+        ours, theirs = (each.absorb(each.play(block, first=n == 1), signal, noise).summary for each in (plain, finer))
         if n in QUADRATURE_AT:
             sds = [np.sqrt(np.diagonal(each.covariance, axis1=1, axis2=2)) for each in (ours, theirs)]
             off = {"mean": (ours.mean - theirs.mean) / sds[1], "sd": np.log(sds[0] / sds[1]), "area": np.log(ours.cr_area / theirs.cr_area)}
@@ -287,7 +287,7 @@ def widths(name: str) -> None:
         reference = Reference(described, list(recording.maps))
         reference.begin(maps, signals[0])
         for n, (signal, noise, block) in enumerate(zip(signals, recording.noise, scan.schedule, strict=True), 1):
-            found = reference.absorb(signal, noise, block, first=n == 1).summary
+            found = reference.absorb(reference.play(block, first=n == 1), signal, noise).summary
             if n in WIDTHS_AT:
                 half = np.median((found.upper - found.lower) / 2 / found.map, axis=0)
                 said = ", ".join(f"{parameter} {each:.3f}" for parameter, each in zip(scan.parameter_names, half, strict=True))

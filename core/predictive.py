@@ -102,6 +102,12 @@ def together(each: Sequence[Responses]) -> Responses:
     return jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves, axis=-2)), *each)  # XLA would compile this for a second
 
 
+def some(coarse: Coarse, which: Int[np.ndarray, " chosen"]) -> Coarse:
+    """Of the candidates only those."""
+    chosen = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[..., which, :]), coarse.responses)
+    return Coarse(coarse.forward, coarse.read, chosen, coarse.place)
+
+
 def predict(coarse: Coarse, state: Magnetisation) -> Float[Array, "node candidate point"]:
     """Signals per unit amplitude of every candidate as the next image, at the star's nodes; float32."""
     chain, tissue = coarse.place

@@ -91,8 +91,6 @@ class Prospect:
             raise ScansteerError("The spin physics needs double precision; call jax.config.update('jax_enable_x64', True) before anything else.")
         self.scan = scan
         self.quota = quota or Quota()
-        self.candidates, self._probes = candidates.candidates(scan), candidates.probes(scan)
-        self._coordinates = candidates.coordinates(scan, self.candidates)
         self._star, self._forward = forward.coarse(scan)
         self._block_map = jax.jit(dictionary.block_map, compiler_options=for_large_programs())
         self._play = jax.jit(dictionary.play)
@@ -101,13 +99,17 @@ class Prospect:
         self._predict = jax.jit(predictive.predict)
         self._predict_ahead = jax.jit(predictive.predict_ahead)
         self._answer = jax.jit(design.answer)
-        self._coarse, self._coarse_probes = self._simulated(self.candidates), self._simulated(self._probes)
+        offered, probes = candidates.candidates(scan), candidates.probes(scan)
+        self._coarse, self._coarse_probes = self._simulated(offered), self._simulated(probes)
         self._schedule = _stacked([self._map_of(block) for block in scan.schedule])
         self._start = jax.jit(dictionary.start)(self._forward)
         self._weights: dict[frozenset, np.ndarray] = {}
         self._maps: dict[SaturationBlock, LongitudinalMap] = {}
-        self.described, self._described_probes = self._is_described()
-        """Candidates, and probes, that the likelihood describes as well as it does the approved schedule."""
+        self.n_offered = len(offered)
+        """Pulses within the scan's limits. Only those are candidates that the likelihood describes as well as it does the approved schedule."""
+        self.candidates, self._coarse = self._described(offered, self._coarse)
+        self._probes, self._coarse_probes = self._described(probes, self._coarse_probes)
+        self._coordinates = candidates.coordinates(scan, self.candidates)
 
     def begin(self) -> Course:
         """Before the first image; dummies have been played."""
@@ -123,10 +125,10 @@ class Prospect:
         return Course(left, (*course.played, Played(course.end_s, block)))
 
     def allowed(self, course: Course) -> Bool[np.ndarray, " candidate"]:
-        """Candidates within limits and quota that the likelihood describes."""
+        """Candidates within limits and quota."""
         latest = limits.blocks(course.blocks[-self.quota.window :])
         barred = design.barred(self.quota, self._coordinates, candidates.coordinates(self.scan, latest))
-        return limits.allowed(self.scan.limits, self.scan.train, course.played, self.candidates) & ~barred & self.described
+        return limits.allowed(self.scan.limits, self.scan.train, course.played, self.candidates) & ~barred
 
     def may_follow(self, course: Course, block: SaturationBlock) -> bool:
         """Whether any block, a candidate or not, keeps limits and quota."""
@@ -190,7 +192,7 @@ class Prospect:
         if images and images[0] not in images[1:] and self.may_follow(course, images[0]):
             return images[0]
         saturated = [block for block in course.blocks if block.b1_ut > 0]
-        is_allowed = limits.allowed(self.scan.limits, self.scan.train, course.played, self._probes) & self._described_probes
+        is_allowed = limits.allowed(self.scan.limits, self.scan.train, course.played, self._probes)
         if not is_allowed.any():
             return None
         signal = np.clip(np.mean(np.asarray(self._predict(self._coarse_probes, course.magnetisation))[0], axis=-1), 0.0, 1.0)
@@ -215,7 +217,7 @@ class Prospect:
             return advice._replace(block=block)
         gains = np.where(self.allowed(course), np.asarray(answer.candidates), -np.inf)
         worth = gains / self.cost(self.candidates)
-        if not np.isfinite(best := float(np.max(worth))):
+        if not np.isfinite(best := float(np.max(worth, initial=-np.inf))):
             return advice
         has_reference = any(block.b1_ut == 0 for block in course.blocks)
         tie = np.where((self.candidates.b1_ut == 0) & (not has_reference), TIE_REFERENCE, TIE)
@@ -224,7 +226,7 @@ class Prospect:
         chosen = int(as_good[np.lexsort((-worth[as_good], energy))[0]])
         return advice._replace(block=self.candidates.block(chosen), gain=float(gains[chosen]))
 
-    def _is_described(self) -> tuple[Bool[np.ndarray, " candidate"], Bool[np.ndarray, " probe"]]:
+    def _described(self, blocks: Blocks, coarse: Coarse) -> tuple[Blocks, Coarse]:
         """The likelihood takes nuisances to first order, few to second; along none may a pulse bend more than the schedule does, or than negligibly.
 
         (With B0 and B1 unknown, strong pulses near water bend so much that no posterior that used them would hold.)
@@ -234,13 +236,12 @@ class Prospect:
             course = self.play(course, block)
         schedule = np.concatenate([self.read(course, block) for block in self.scan.schedule], axis=1)
         usual = np.max(predictive.curvature(self._star, schedule), axis=1, keepdims=True, initial=0.0)
-        read = [np.asarray(self._predict(coarse, course.magnetisation)) for coarse in (self._coarse, self._coarse_probes)]
-        both = (np.all(predictive.curvature(self._star, each) <= np.maximum(usual, NEGLIGIBLE_CURVATURE), axis=0) for each in read)
-        return next(both), next(both)
+        bends = predictive.curvature(self._star, np.asarray(self._predict(coarse, course.magnetisation)))
+        kept = np.flatnonzero(np.all(bends <= np.maximum(usual, NEGLIGIBLE_CURVATURE), axis=0))
+        return blocks.take(kept), predictive.some(coarse, kept)
 
     def _simulated(self, blocks: Blocks) -> Coarse:
-        read = jax.jit(dictionary.reading)(self._forward)
-        respond = jax.jit(predictive.response)
+        read, respond = jax.jit(dictionary.reading)(self._forward), jax.jit(predictive.response)
         chain, tissue = jax.tree.map(jnp.asarray, self._star.place)
         each = [respond(read, self._map_of(blocks.block(index)), tissue) for index in range(len(blocks))]
         return Coarse(self._forward, read, predictive.together(each), (chain, tissue))

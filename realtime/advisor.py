@@ -14,7 +14,6 @@ from scansteer.core.design import Question
 from scansteer.core.grid_posterior import Info
 from scansteer.core.noise import NoiseEstimate
 from scansteer.core.prediction import Prediction
-from scansteer.protocols.limits import Blocks
 from scansteer.protocols.prospect import Advice, Prospect, Rows
 from scansteer.protocols.scan import SaturationBlock, Scan
 from scansteer.realtime.reference import Reference
@@ -40,8 +39,9 @@ class Advisor:
         self._sample = np.zeros(0, int)
 
     @property
-    def candidates(self) -> Blocks:
-        return self._prospect.candidates
+    def n_candidates(self) -> int:
+        """Pulses that the scan's limits offer."""
+        return self._prospect.n_offered
 
     def rehearse(self, reference: Reference) -> None:
         """Advise once on the reference's made-up voxels, so that nothing is left to compile, then forget it."""

@@ -48,23 +48,6 @@ MOST_VOXELS_OF_REFERENCE = 2048
 """Regions up to this size can be handed to the reference within seconds."""
 
 
-class Auditor(Reference):
-    """A reference that is told what signals to expect, so that one repetition is simulated once for all."""
-
-    _told: jnp.ndarray | None = None
-
-    def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
-        return super().play(block, first=first) if self._told is None else self._told
-
-    def learn(self, expected: jnp.ndarray, signal: np.ndarray, noise: NoiseEstimate) -> Info:
-        """Absorb an image whose expected signals are known."""
-        self._told = expected
-        try:
-            return self.absorb(signal, noise, self.scan.schedule[0], first=False)
-        finally:
-            self._told = None
-
-
 class Encoded:
     """The posterior of every voxel of a region, one image at a time; see the module."""
 
@@ -86,7 +69,7 @@ class Encoded:
         with ThreadPoolExecutor(1) as side_by_side:  # both compile for long
             few = math.prod(scan.matrix or (0,)) < VOLUME
             volume = side_by_side.submit(Volume, trained.encoder, columns, scan.noise.discrepancy, ready_soon=few)
-            self._reference = Auditor(scan, mapped)
+            self._reference = Reference(scan, mapped)
             self._rehearse_comparison()
             self._volume = volume.result()
         self._seed = zlib.crc32(scan.name.encode())
@@ -121,19 +104,18 @@ class Encoded:
         self._history = [] if n_voxels <= MOST_VOXELS_OF_REFERENCE else None
         self._n_images, self.source, self.audit, self.said, self.veto = 0, "encoder", None, None, None
 
-    def absorb(self, signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate, block: SaturationBlock, *, first: bool) -> Info:
-        """Play the block, absorb the image it led to, infer, audit; NumPy leaves over all voxels."""
-        expected = self._reference.play(block, first=first)
+    def absorb(self, expected: Float[jax.Array, "node point"], signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate) -> Info:
+        """Add one image whose expected signals `play` has given, infer, audit; NumPy leaves over all voxels."""
         self._n_images += 1
         self.said = None
         if self.source == "reference":
             self.audit = None
-            return self._reference.learn(expected, signal, noise)
+            return self._reference.absorb(expected, signal, noise)
         answer = self._volume.absorb(np.asarray(expected), signal, noise)
         self._posterior = answer.posterior
         if self._history is not None:
             self._history.append((np.asarray(expected), signal, noise))
-        self._sampled = self._reference.learn(expected, signal[self._audited], noise)
+        self._sampled = self._reference.absorb(expected, signal[self._audited], noise)
         self.audit = self._judge(answer.posterior, noise)
         apart = self._n_images >= FIRST_AUDITED and _disagree(self.audit)
         self.veto = None
@@ -150,7 +132,7 @@ class Encoded:
         self._reference.reserve(min(n_voxels, N_AUDITED))
 
     def play(self, block: SaturationBlock, *, first: bool) -> jnp.ndarray:
-        """Carry the magnetisation through one repetition without an image."""
+        """See `Reference.play`."""
         return self._reference.play(block, first=first)
 
     @property
@@ -203,7 +185,7 @@ class Encoded:
             return info
         self._reference.begin(*self._region)
         for expected, signal, noise in self._history:
-            info = self._reference.learn(jnp.asarray(expected), signal, noise)
+            info = self._reference.absorb(jnp.asarray(expected), signal, noise)
         self.source, self._history = "reference", None
         self.said = f"{found}; the reference decides from now on."
         return info

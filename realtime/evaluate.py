@@ -19,7 +19,7 @@ from scansteer.core.grid_posterior import Info
 from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols.scan import Scan, bounds
 from scansteer.realtime import calibration, encoder_file
-from scansteer.realtime.encoded import Auditor, map_error
+from scansteer.realtime.encoded import map_error
 from scansteer.realtime.encoder_file import Trained
 from scansteer.realtime.progress import Tell, shown
 from scansteer.realtime.recording import Recording, read
@@ -112,7 +112,7 @@ def simulated(simulator: Simulator, seed: int = 2000) -> Recording:
 
 def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
     """One row per image."""
-    reference = Auditor(scan, list(recording.maps))
+    reference = Reference(scan, list(recording.maps))
     volume = Volume(trained.encoder, columns_of(reference, trained), scan.noise.discrepancy)
     errors = {name: map_error(scan, name, values) for name, values in recording.maps.items()}
     volume.begin(voxel_columns.rows_of_voxels(volume.columns, recording.maps, errors), recording.signals.shape[1])
@@ -128,7 +128,7 @@ def compared(recording: Recording, scan: Scan, trained: Trained, tell: Tell):
             reference.play(recording.blocks[played], first=played == 0)
             played += 1
         expected = reference.play(recording.blocks[repetition], first=played == 0)
-        info = reference.learn(expected, signal, noise)
+        info = reference.absorb(expected, signal, noise)
         played += 1
         answer = volume.absorb(np.asarray(expected), signal, noise)
         distances = _distances(compare, jax.random.fold_in(jax.random.PRNGKey(seed), n), answer.posterior, info, reference, noise.dof + n - 1)

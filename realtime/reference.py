@@ -165,9 +165,8 @@ class Reference:
         n_blocks = min(-(-n_voxels // BLOCK), RESERVED_BYTES // block_bytes)
         self._spare = jax.block_until_ready([self.empty(BLOCK) for _ in range(n_blocks)])
 
-    def absorb(self, signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate, block: SaturationBlock, *, first: bool) -> Info:
-        """Play the block, absorb the image it led to, and infer; NumPy leaves over all voxels."""
-        expected = self.play(block, first=first)
+    def absorb(self, expected: Float[jax.Array, "node point"], signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate) -> Info:
+        """Add one image whose expected signals `play` has given, and infer; NumPy leaves over all voxels."""
         noise_now = Noise(jnp.asarray(noise.sigma), jnp.asarray(noise.dof), self._discrepancy)
         shared = None if self.mapped else self.columns(self._weights[0], expected)
 
@@ -289,7 +288,6 @@ class Reference:
         axes = {axis.name: axis for axis in self.model.axes}
         self.begin({name: np.full(BLOCK + 1, axes[name].lower) for name in self.mapped}, np.full(BLOCK + 1, 100.0))
         state, signal, noise = self._state, np.full(BLOCK + 1, 100.0), NoiseEstimate(1.0, 1.0)
-        self.absorb(signal, noise, self.scan.schedule[0], first=True)
-        info = self.absorb(signal, noise, self.scan.schedule[0], first=False)
+        twice = [self.absorb(self.play(self.scan.schedule[0], first=first), signal, noise) for first in (True, False)]
         self._state = state
-        return info
+        return twice[1]

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from scansteer.core import lack_of_fit, noise, nuisance, stopping
@@ -134,6 +135,7 @@ class Session:
         self._rule = rule_of(self.scan)
         self._stopping = stopping.init()
         self._reporter = Reporter(self.scan.parameter_names, self._rule)
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="scansteer-beside")
         self._of_means: list[MeanReport] = []
         self._screen = Screen()
         self._record = lack_of_fit.init()
@@ -226,11 +228,12 @@ class Session:
 
     @property
     def n_candidates(self) -> int:
-        """Pulses weighed against each other after every image."""
-        return len(self._advisor.candidates)
+        """Pulses that the scan's limits offer."""
+        return self._advisor.n_candidates
 
     def close(self) -> None:
         """Let the threads go."""
+        self._beside.shutdown(wait=False)
         self._means.close()
         self._reference.close()
 
@@ -269,18 +272,18 @@ class Session:
         self._n_counted += 1
         self._energy = self._energy + signal.astype(float) ** 2
         self._estimate = self._noise()
-        self._info = self._reference.absorb(signal, self._estimate, block, first=self._n_played == 0)
-        means = self._means.absorb(self._reference.exact.expected, signal, self._estimate)
-        self._of_means = self._reporter.of_means(means, self._means.n_independent)
-        self._advisor.play(block)
-        self._n_played += 1
+        expected = self._play(block)
+        means = self._beside.submit(self._means.absorb, expected, signal, self._estimate)
+        self._info = self._reference.absorb(expected, signal, self._estimate)
+        self._of_means = self._reporter.of_means(means.result(), self._means.n_independent)
         return [self._reference.said] if self._reference.said else []
 
-    def _play(self, block: SaturationBlock) -> None:
-        """A repetition without an image that counts."""
-        self._reference.play(block, first=self._n_played == 0)
+    def _play(self, block: SaturationBlock) -> jax.Array:
+        """Carry the magnetisation through one repetition; the signals expected, (node, point) of the dictionary."""
+        expected = self._reference.play(block, first=self._n_played == 0)
         self._advisor.play(block)
         self._n_played += 1
+        return expected
 
     def _begin(self, frame: Frame, warnings: list[str]) -> Voxels:
         """Freeze the region from the first usable image and the auxiliary maps."""

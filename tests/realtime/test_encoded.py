@@ -36,14 +36,14 @@ def test_an_encoder_that_disagrees_hands_over_to_the_reference(trained):
     signals = 1000 * rng.uniform(0.4, 0.6, (5, 40))
     engine.begin(maps, signals[0], [np.arange(40)])
     for n, signal in enumerate(signals[:3]):
-        engine.absorb(signal, NoiseEstimate(20.0, 100.0), MOUSE.schedule[n], first=n == 0)
+        engine.absorb(engine.play(MOUSE.schedule[n], first=n == 0), signal, NoiseEstimate(20.0, 100.0))
     assert engine.audit is not None
     assert engine.audit.n_voxels == 40
     engine._volume.encoder = jax.tree.map(lambda leaf: leaf + 0.5 if eqx.is_array(leaf) and leaf.ndim == 2 else leaf, engine._volume.encoder)
-    info = engine.absorb(signals[3], NoiseEstimate(20.0, 100.0), MOUSE.schedule[3], first=False)
+    info = engine.absorb(engine.play(MOUSE.schedule[3], first=False), signals[3], NoiseEstimate(20.0, 100.0))
     assert engine.source == "reference"
     assert "disagree" in (engine.said or "")
     assert len(info.nrmse) == 40
-    engine.absorb(signals[4], NoiseEstimate(20.0, 100.0), MOUSE.schedule[4], first=False)
+    engine.absorb(engine.play(MOUSE.schedule[4], first=False), signals[4], NoiseEstimate(20.0, 100.0))
     assert engine.audit is None
     engine.close()

@@ -147,6 +147,6 @@ def absorbed(scan: Scan, signals: np.ndarray, n_points: tuple[int, int] | None =
     reference = Reference(scan, [], n_points=n_points or resolution.FINE)
     reference.begin({}, signals[0])
     for number, (signal, block) in enumerate(zip(signals, scan.schedule, strict=False)):
-        info = reference.absorb(signal, NoiseEstimate(25.0, 1e4), block, first=number == 0)
+        info = reference.absorb(reference.play(block, first=number == 0), signal, NoiseEstimate(25.0, 1e4))
     reference.close()
     return Absorbed(reference.prior.box, info, reference.log_posterior(np.arange(signals.shape[1])))

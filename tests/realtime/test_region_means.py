@@ -74,7 +74,7 @@ def test_the_mean_of_one_voxel_is_the_voxel(scan, reference, expected, monkeypat
     signals = [scanner.play(block) for block in scan.schedule]
     voxelwise.begin(here, signals[0])
     for index, (signal, block) in enumerate(zip(signals, scan.schedule, strict=True)):
-        info = voxelwise.absorb(signal, NoiseEstimate(scene.sigma, 1e4), block, first=index == 0)
+        info = voxelwise.absorb(voxelwise.play(block, first=index == 0), signal, NoiseEstimate(scene.sigma, 1e4))
     np.testing.assert_allclose(alone.summary.map, info.summary.map, rtol=1e-4)
     np.testing.assert_allclose(width(alone.summary), width(info.summary), rtol=1e-3)
     np.testing.assert_allclose(alone.nrmse, info.nrmse, rtol=1e-3)
