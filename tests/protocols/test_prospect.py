@@ -14,6 +14,7 @@ from any_limits import any_limits
 from scansteer.core.design import Answer, Question
 from scansteer.core.errors import ScansteerError
 from scansteer.protocols import limits
+from scansteer.protocols.candidates import AT_LEAST, candidates
 from scansteer.protocols.larg_phantom import PUBLISHED
 from scansteer.protocols.limits import Played
 from scansteer.protocols.prospect import Course, Prospect
@@ -23,6 +24,8 @@ SCAN = PUBLISHED.model_copy(
     update={"auxiliaries": {**PUBLISHED.auxiliaries, "t2_s": Auxiliary(lower=0.8, upper=0.8)}, "schedule": PUBLISHED.schedule[:4]}
 )
 STEP_S = 0.01
+ROWS = np.full((1, 2, 10), 0.1), np.full((1, 2, 10), 0.1) + 0.02 * np.arange(2)[None, :, None]
+"""From coarse points to two draws."""
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,29 @@ def test_where_limits_leave_no_probe_the_usual_pulse_is_advised(prospect):
     assert with_limits(prospect, slow).advise(prospect.begin(), answer, is_enough=True).gain == 1
 
 
+def test_pulses_that_bend_along_an_unknown_field_are_set_aside(monkeypatch):
+    """With B0 unknown, weak pulses at the solute's own offset, whose lines are narrow; where the likelihood describes none, nothing is advised."""
+    unknown = SCAN.model_copy(update={"auxiliaries": {**SCAN.auxiliaries, "b0_ppm": Auxiliary(lower=-0.1, upper=0.1)}})
+    prospect = Prospect(unknown)
+    offered, kept = candidates(unknown), prospect.candidates
+    assert prospect.n_offered == len(offered) >= AT_LEAST
+    assert 0.3 * len(offered) < len(kept) < len(offered)
+    solute, beside = (kept.b1_ut[(kept.offset_ppm == offset) & (kept.b1_ut > 0)] for offset in (3.0, -3.0))
+    assert len(solute) < len(beside)
+    assert np.min(beside) < 0.3 < np.max(solute) == np.max(offered.b1_ut)
+    assert np.sum(kept.b1_ut == 0) == np.sum(offered.b1_ut == 0)
+    predicted = prospect.read_candidates(course := after(prospect, SCAN.schedule[0]))
+    index = int(np.flatnonzero(kept.b1_ut > 0)[-1])
+    np.testing.assert_allclose(predicted[:, index], prospect.read(course, kept.block(index))[:, 0], atol=3e-6)
+
+    monkeypatch.setattr("scansteer.core.predictive.curvature", lambda star, signals: np.full((1, signals.shape[1]), 1.0 * (signals.shape[1] > 4)))
+    none = Prospect(SCAN)  # the four images of the schedule do not bend, all others do
+    assert len(none.candidates) == 0
+    answer = none.answer(none.begin(), a_question(none), ROWS, 0)
+    assert none.advise(none.begin(), answer).block is None
+    assert none.advise(none.begin(), answer, is_enough=True).block is None
+
+
 def test_single_precision_is_refused():
     with jax.enable_x64(False), pytest.raises(ScansteerError, match="jax_enable_x64"):
         Prospect(SCAN)
@@ -173,10 +199,19 @@ def test_the_end_of_the_schedule_is_worth_nothing_more(prospect):
     course = prospect.begin()
     for block in SCAN.schedule:
         course = prospect.play(course, block)
-    rows = np.full((1, 2, 10), 0.1)
+    question = a_question(prospect)
+    answer = prospect.answer(course, question, ROWS, len(SCAN.schedule))
+    assert float(answer.scheduled) == 0 == float(answer.remaining)
+    assert np.all(np.asarray(answer.candidates) >= 0)
+    before = prospect.answer(prospect.begin(), question, ROWS, 0)
+    assert float(before.remaining) >= float(before.scheduled) > 0
+
+
+def a_question(prospect: Prospect) -> Question:
+    """About one voxel with two draws."""
     columns = prospect.columns({})
     n_columns = columns.shape[1]
-    question = Question(
+    return Question(
         weights=columns[None],
         gram=np.broadcast_to(np.eye(n_columns), (1, 2, len(columns), n_columns, n_columns)),
         projection=np.ones((1, 2, len(columns), n_columns)),
@@ -191,8 +226,3 @@ def test_the_end_of_the_schedule_is_worth_nothing_more(prospect):
         dof=np.asarray(10.0),
         discrepancy=np.asarray(0.0),
     )
-    answer = prospect.answer(course, question, (rows, rows + 0.02 * np.arange(2)[None, :, None]), len(SCAN.schedule))
-    assert float(answer.scheduled) == 0 == float(answer.remaining)
-    assert np.all(np.asarray(answer.candidates) >= 0)
-    before = prospect.answer(prospect.begin(), question, (rows, rows + 0.02 * np.arange(2)[None, :, None]), 0)
-    assert float(before.remaining) >= float(before.scheduled) > 0
