@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 N_FITTED = 3
 """Amplitude, fraction and rate are fitted in every voxel."""
 FARTHEST_BEYOND = 2.33
-"""Standard deviations by which the images may put a nuisance beyond its range: 1 % of a normal lies above. On the wide phantom 3.6 % of 1 000 closed
+"""Standard deviations by which the images may put a nuisance beyond its range: 1 % of a normal lies above. On the wide phantom 3.8 % of 1 000 closed
 loops as described are refused; with 2.0 it was 7.2 % (`benchmarks/promises.py loops`)."""
 NEAR_BEYOND = 1.64
 """The same that leaves a stop in doubt: 5 % of a normal lies above. Of 300 closed loops on the wide phantom with B0 off by 0.3 ppm 9 % stop around a

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from scansteer.core.errors import InputError
 
@@ -48,6 +48,16 @@ class Range(Model):
     @property
     def centre(self) -> float:
         return 0.5 * (self.lower + self.upper)
+
+
+def _kind(value: object) -> str:
+    return "range" if isinstance(value, dict | Range) else "number"
+
+
+_RANGE = Annotated[Range, Tag("range")]
+_NumberOrRange = Annotated[Annotated[float, Tag("number")] | _RANGE, Discriminator(_kind)]
+"""Told apart first, so that the complaint is of what was meant."""
+_PositiveOrRange = Annotated[Annotated[Positive, Tag("number")] | _RANGE, Discriminator(_kind)]
 
 
 class Auxiliary(Range):
@@ -95,7 +105,7 @@ class Pool(Model):
     """Exchange rate pool -> water [1/s]: a number, or the name of a parameter or auxiliary."""
     t1_s: Positive | None = None
     """T1 of the pool [s]; none: that of water."""
-    t2_s: Positive | Range
+    t2_s: _PositiveOrRange
     """T2 of the pool [s]; a range is marginalised."""
     lineshape: Literal["bloch", "lorentzian", "super-lorentzian"] = "bloch"
     """`bloch`: full x-y-z magnetisation (a Lorentzian); the others: z only with that absorption line (semisolid)."""
@@ -157,9 +167,9 @@ class Readout(Model):
     """Excitations of one image."""
     shot_spacing_s: NonNegative = 0.0
     """From one excitation to the next [s]."""
-    carry_over: float | Range | None = None
+    carry_over: _NumberOrRange | None = None
     """Share of every pool's Mz that the readout leaves; none: cos(flip)^n_shots (spoiled, relaxation between shots added)."""
-    offset: float | Range = 0.0
+    offset: _NumberOrRange = 0.0
     """Signal added to every image, as a fraction of M0."""
     encoded_shot: Annotated[int, Field(ge=0)] = 0
     """Index of the shot that reads the centre of k-space, hence the contrast (0: centre-out)."""
@@ -182,7 +192,7 @@ class Readout(Model):
 class FirstState(Model):
     """Magnetisation just before the first saturation of all, that of the first dummy if there are any, as a fraction of equilibrium in every pool."""
 
-    mz: float | Range = 1.0
+    mz: _NumberOrRange = 1.0
     """Share of equilibrium, -1 .. 1; a range is marginalised."""
     n_dummies: Annotated[int, Field(ge=0, le=1000)] = 0
     """Repetitions of the first block played, and not sent, before image 0."""
@@ -382,7 +392,7 @@ def from_yaml(text: str, source: str = "scan") -> Scan:
 def explain(error: ValidationError, reference: str = "`scansteer scans show --schema`") -> str:
     """The first complaint of a pydantic validation in one sentence, with the number of further ones and where the fields are described."""
     first, *others = error.errors()
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(str(part) for part in first["loc"] if part not in ("number", "range"))
     if first["type"] == "extra_forbidden":
         text = f"unknown field {field!r}; remove it or compare with {reference}"
     elif first["type"] == "missing":

@@ -39,9 +39,9 @@ class Advisor:
         self._sample = np.zeros(0, int)
 
     @property
-    def n_candidates(self) -> int:
-        """Pulses that the scan's limits offer."""
-        return self._prospect.n_offered
+    def n_candidates(self) -> tuple[int, int]:
+        """Pulses that the scan's limits offer, and how many of them are weighed: those that the likelihood describes."""
+        return self._prospect.n_offered, len(self._prospect.candidates)
 
     def rehearse(self, reference: Reference) -> None:
         """Advise once on the reference's made-up voxels, so that nothing is left to compile, then forget it."""

@@ -39,11 +39,15 @@ N_GRID = 100
 
 
 def bench(scan: Scan, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Time dictionary, decisions and a matrix product; keys as in the documentation of `scansteer bench`."""
+    """Time dictionary, decisions and a matrix product.
+
+    Of `n_candidates` pulses that the scan's limits offer, `n_weighed` are weighed after every image: the others are set aside before the scan,
+    for the likelihood does not describe them (`protocols.prospect`).
+    """
     tell("dictionary")
     speed = dictionary_signals_per_s(scan)
     tell("decisions of the reference")
-    latencies, n_candidates = decision_latencies_ms(scan, "none")
+    latencies, (n_candidates, n_weighed) = decision_latencies_ms(scan, "none")
     tell("decisions with the encoder")
     with_encoder = None if encoder_file.shipped(scan) is None else percentiles(decision_latencies_ms(scan, None)[0])
     tell("encoder")
@@ -56,6 +60,7 @@ def bench(scan: Scan, tell: Callable[[str], None] = lambda _: None) -> dict[str,
         "encoder_volume_s": volume_s,
         "n_voxels": N_VOXELS,
         "n_candidates": n_candidates,
+        "n_weighed": n_weighed,
         "matmul_gflops": matmul_gflops(),
         "repetition_ms": 1e3 * min(block.duration_s for block in scan.schedule),
     }
@@ -104,8 +109,8 @@ def dictionary_signals_per_s(scan: Scan) -> float:
     return N_GRID**2 / _best(lambda: work.simulate(n_cores), n=7)
 
 
-def decision_latencies_ms(scan: Scan, encoder: str | None) -> tuple[list[float], int]:
-    """Latency of every decision of a simulated scan of `N_VOXELS` voxels, and the number of candidate pulses weighed each time.
+def decision_latencies_ms(scan: Scan, encoder: str | None) -> tuple[list[float], tuple[int, int]]:
+    """Latency of every decision of a simulated scan of `N_VOXELS` voxels, and the numbers of pulses as in `Advisor.n_candidates`.
 
     Parameters
     ----------

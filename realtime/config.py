@@ -134,7 +134,10 @@ class GatewayConfig(Settings):
     service_timeout_s: Seconds = 2.0
     finish_timeout_s: Seconds = 600.0
     """How long CLOSE may wait for the maps."""
+    first_message_timeout_s: Seconds = 60.0
+    """How long a connection may stay silent before its first message: it holds one of `max_connections`."""
     idle_timeout_s: Seconds = 3600.0
+    """The same afterwards. A host that is gone without a word is noticed within two minutes."""
     catch_up_s: Seconds = 3600.0
     """How long images that the service has not taken yet are kept after their connection has ended."""
     max_kept_bytes: Annotated[int, Field(ge=2**20)] = 2**31

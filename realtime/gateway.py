@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 
 from scansteer.core.errors import InputError
+from scansteer.realtime import stop_signals
 from scansteer.realtime.admission import Peer, choose
 from scansteer.realtime.auth import is_loopback
 from scansteer.realtime.config import GatewayConfig
@@ -135,7 +135,7 @@ class Gateway:
 
 
 def serve(config: GatewayConfig, *, on_started: Callable[[Gateway], None] | None = None) -> None:
-    """Run the gateway until SIGTERM or SIGINT.
+    """Run the gateway until SIGTERM, SIGINT or SIGHUP.
 
     Raises
     ------
@@ -144,12 +144,8 @@ def serve(config: GatewayConfig, *, on_started: Callable[[Gateway], None] | None
     """
     log_to_stderr()
     gateway = Gateway(config)
-    previous = [(number, signal.signal(number, lambda *_: gateway.stop())) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
+    with stop_signals.obeyed(gateway.stop):
         log.info("MRD on %s:%d, service at %s", config.host, gateway.port, config.endpoint)
         if on_started is not None:
             on_started(gateway)
         gateway.run()
-    finally:
-        for number, handler in previous:
-            signal.signal(number, handler)

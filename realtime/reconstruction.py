@@ -73,8 +73,9 @@ class Reconstruction:
         """Number of the decision that the last maps belong to."""
         self._side_images: list[Admitted] = []
         """Maps and masks that came before the first image: a session that takes the place of an empty one needs them, too."""
-        peer.settimeout(config.idle_timeout_s)
+        peer.settimeout(config.first_message_timeout_s)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _notice_when_gone(peer)
         self._outlet = Outlet(peer, config.max_kept_bytes)
 
     def run(self) -> None:
@@ -110,6 +111,7 @@ class Reconstruction:
         while True:
             self._begin_early()
             message = read_message(self._read_exactly, self._config.limits)
+            self._peer.settimeout(self._config.idle_timeout_s)
             match message.identifier:
                 case n if n == CLOSE:
                     return True
@@ -311,3 +313,11 @@ class Reconstruction:
                     "session %s: the maps are not there in time; the connection is closed without them", uplink.session_id
                 )
                 return
+
+
+def _notice_when_gone(peer: socket.socket) -> None:
+    """Probe a silent peer after a minute, then every 15 s; four probes without an answer end the connection."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, option):
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

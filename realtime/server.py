@@ -10,7 +10,6 @@ import gc
 import logging
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ import zmq
 
 from scansteer.core.errors import InputError, ScansteerError
 from scansteer.protocols.scan import load
+from scansteer.realtime import stop_signals
 from scansteer.realtime.auth import Guard, check_endpoint
 from scansteer.realtime.broker import Broker
 from scansteer.realtime.codec import MAX_ENVELOPE_BYTES, Bytes
@@ -247,7 +247,7 @@ class Server:
 
 
 def serve(config: ServeConfig, make: MakeSession, *, on_started: Callable[[Server], None] | None = None) -> None:
-    """Run the service until SIGTERM or SIGINT; returns when everything accepted is safe.
+    """Run the service until SIGTERM, SIGINT or SIGHUP; returns when everything accepted is safe.
 
     Parameters
     ----------
@@ -264,17 +264,12 @@ def serve(config: ServeConfig, make: MakeSession, *, on_started: Callable[[Serve
     log_to_stderr()
     allocate_in_one_arena()
     keep_compiled(config.data_dir / ".compiled")  # no session can be called so
-    with Server(config, make) as server:
-        previous = [(number, signal.signal(number, lambda *_: server.stop())) for number in (signal.SIGTERM, signal.SIGINT)]
-        try:
-            log.info("listening on %s, publishing on %s", server.endpoint, server.publish_endpoint)
-            if on_started is not None:
-                on_started(server)
-            server.run()
-            log.info("stopping")
-        finally:
-            for number, handler in previous:
-                signal.signal(number, handler)
+    with Server(config, make) as server, stop_signals.obeyed(server.stop):
+        log.info("listening on %s, publishing on %s", server.endpoint, server.publish_endpoint)
+        if on_started is not None:
+            on_started(server)
+        server.run()
+        log.info("stopping")
     if not server.ended_cleanly:  # a compilation cannot be interrupted, and the interpreter aborts when it ends under one
         log.warning("a job was still running; its session goes on at the next start")
         logging.shutdown()

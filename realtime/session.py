@@ -227,8 +227,8 @@ class Session:
         )
 
     @property
-    def n_candidates(self) -> int:
-        """Pulses that the scan's limits offer."""
+    def n_candidates(self) -> tuple[int, int]:
+        """As in `Advisor`."""
         return self._advisor.n_candidates
 
     def close(self) -> None:

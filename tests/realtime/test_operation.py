@@ -111,7 +111,7 @@ def test_an_occupied_http_port_is_named(serve_config, fake_session):
         Server(serve_config.model_copy(update={"http_port": taken.getsockname()[1]}), fake_session)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_service_in_good_order(tmp_path, scan, make_image, number):
     config = tmp_path / "serve.yaml"
     endpoint = f"ipc://{tmp_path}/service"

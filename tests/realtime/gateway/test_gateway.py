@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import threading
+import time
 
 import pytest
 
@@ -57,6 +58,21 @@ def test_a_connection_that_cannot_be_served_ends_no_other(gateway, connect_peer,
         assert refused.closed.wait(20)
     served = connect_peer(gateway, fire=True)
     served.begin()
+    served.send_image(make_image(0))
+    served.end()
+    assert served.passed() == [make_image(0)]
+
+
+def test_connections_that_say_nothing_do_not_hold_a_place_for_long(run_gateway, service, connect_peer, make_image):
+    gateway = run_gateway(service.endpoint, max_connections=2, first_message_timeout_s=0.3)
+    silent = [connect_peer(gateway, fire=True) for _ in range(2)]
+    assert all(peer.closed.wait(20) for peer in silent)
+    deadline = time.monotonic() + 20
+    while gateway._connections and time.monotonic() < deadline:
+        time.sleep(0.01)
+    served = connect_peer(gateway, fire=True)
+    served.begin()
+    assert not served.closed.wait(0.6)  # it may be silent now
     served.send_image(make_image(0))
     served.end()
     assert served.passed() == [make_image(0)]
