@@ -167,11 +167,14 @@ def read_allowed(folder: Path) -> dict[str, str]:
     Raises
     ------
     InputError
-        The folder cannot be read, holds no key, or a file in it is not a key.
+        The folder cannot be read, holds no key, a file in it is not a key, or anybody may write there.
     """
     files = sorted(folder.glob("*.key")) if folder.is_dir() else []
     if not files:
         raise InputError(f"No client may connect: {folder} holds no NAME.key file.")
+    for path in (folder, *files):
+        if (mode := stat.S_IMODE(path.stat().st_mode)) & stat.S_IWOTH:
+            raise InputError(f"Anybody may write {path} (mode {mode:04o}), and so let themselves in; run chmod o-w on it.")
     return {_read(path)[0].decode("ascii"): path.stem for path in files}
 
 

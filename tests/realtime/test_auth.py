@@ -168,6 +168,18 @@ def test_a_secret_that_others_can_read_is_refused(keys):
         read_secret(keys[0].secret)
 
 
+def test_an_allow_list_that_anybody_can_write_is_refused(tmp_path):
+    make_keys(tmp_path, ("scanner",))
+    allowed = tmp_path / "allowed"
+    assert list(read_allowed(allowed).values()) == ["scanner"]
+    for path in (allowed, allowed / "scanner.key"):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o002)
+        with pytest.raises(InputError, match=r"so let themselves in; run chmod o-w on it"):
+            read_allowed(allowed)
+        path.chmod(mode)
+
+
 def test_an_empty_allow_list_does_not_start(keys, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="No client may connect"):
