@@ -54,12 +54,11 @@ class Responses(eqx.Module):
 
 
 class Coarse(eqx.Module):
-    """All that predictions are made from."""
+    """What predictions are made from, whatever is played."""
 
     forward: Forward
     """Its nuisance nodes are the distinct ones of the star's chain and tissue."""
     read: spin.ReadoutMap
-    responses: Responses
     place: tuple[Int[Array, " node"], Int[Array, " node"]]
     """As in `Star`."""
 
@@ -102,17 +101,16 @@ def together(each: Sequence[Responses]) -> Responses:
     return jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves, axis=-2)), *each)  # XLA would compile this for a second
 
 
-def some(coarse: Coarse, which: Int[np.ndarray, " chosen"]) -> Coarse:
+def some(responses: Responses, which: Int[np.ndarray, " chosen"]) -> Responses:
     """Of the candidates only those."""
-    chosen = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[..., which, :]), coarse.responses)
-    return Coarse(coarse.forward, coarse.read, chosen, coarse.place)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[..., which, :]), responses)
 
 
-def predict(coarse: Coarse, state: Magnetisation) -> Float[Array, "node candidate point"]:
+def predict(coarse: Coarse, responses: Responses, state: Magnetisation) -> Float[Array, "node candidate point"]:
     """Signals per unit amplitude of every candidate as the next image, at the star's nodes; float32."""
     chain, tissue = coarse.place
     mz = state.mz[:, chain, tissue, None].astype(jnp.float32)
-    return sum((coarse.responses.weight[q] * mz[q] for q in range(len(mz))), coarse.responses.offset)
+    return sum((responses.weight[q] * mz[q] for q in range(len(mz))), responses.offset)
 
 
 def predict_ahead(coarse: Coarse, state: Magnetisation, blocks: spin.LongitudinalMap) -> Float[Array, "node image point"]:

@@ -20,7 +20,7 @@ from scansteer.core.design import Answer, Question, Quota
 from scansteer.core.dictionary import Magnetisation
 from scansteer.core.errors import ScansteerError
 from scansteer.core.nuisance import Measured
-from scansteer.core.predictive import Coarse
+from scansteer.core.predictive import Coarse, Responses
 from scansteer.core.signal import LongitudinalMap
 from scansteer.protocols import candidates, forward, limits, tissue_model
 from scansteer.protocols.limits import Blocks, Played
@@ -49,7 +49,7 @@ class Advice(NamedTuple):
     """What to play next, and what it is worth: expected loss of log confidence-region area, mean over the sampled voxels [nat]."""
 
     block: SaturationBlock | None
-    """None: limits and quota leave no candidate."""
+    """None: limits and quota leave no candidate, or the likelihood describes none."""
     gain: float
     scheduled_gain: float
     """Of the schedule's next block; 0 at its end."""
@@ -91,7 +91,8 @@ class Prospect:
             raise ScansteerError("The spin physics needs double precision; call jax.config.update('jax_enable_x64', True) before anything else.")
         self.scan = scan
         self.quota = quota or Quota()
-        self._star, self._forward = forward.coarse(scan)
+        self._star, ahead = forward.coarse(scan)
+        self._coarse = Coarse(ahead, jax.jit(dictionary.reading)(ahead), jax.tree.map(jnp.asarray, self._star.place))
         self._block_map = jax.jit(dictionary.block_map, compiler_options=for_large_programs())
         self._play = jax.jit(dictionary.play)
         self._candidates_at = jax.jit(_candidates_at)
@@ -99,17 +100,18 @@ class Prospect:
         self._predict = jax.jit(predictive.predict)
         self._predict_ahead = jax.jit(predictive.predict_ahead)
         self._answer = jax.jit(design.answer)
-        offered, probes = candidates.candidates(scan), candidates.probes(scan)
-        self._coarse, self._coarse_probes = self._simulated(offered), self._simulated(probes)
         self._schedule = _stacked([self._map_of(block) for block in scan.schedule])
-        self._start = jax.jit(dictionary.start)(self._forward)
+        self._start = jax.jit(dictionary.start)(ahead)
         self._weights: dict[frozenset, np.ndarray] = {}
         self._maps: dict[SaturationBlock, LongitudinalMap] = {}
+        offered, course = candidates.candidates(scan), self._underway()
+        bends = self._bends_of_schedule(course)
         self.n_offered = len(offered)
         """Pulses within the scan's limits. Only those are candidates that the likelihood describes as well as it does the approved schedule."""
-        self.candidates, self._coarse = self._described(offered, self._coarse)
-        self._probes, self._coarse_probes = self._described(probes, self._coarse_probes)
+        self.candidates, self._responses = self._described(offered, course, bends)
+        self._probes, self._responses_of_probes = self._described(candidates.probes(scan), course, bends)
         self._coordinates = candidates.coordinates(scan, self.candidates)
+        self._predict(self._coarse, self._responses_of_probes, course.magnetisation)  # compiles: a probe must not wait for it
 
     def begin(self) -> Course:
         """Before the first image; dummies have been played."""
@@ -121,7 +123,7 @@ class Prospect:
     def play(self, course: Course, block: SaturationBlock) -> Course:
         """One more repetition. The first of all skips its recovery: the first state is that before its RF."""
         begun = block if course.played else block.model_copy(update={"t_rec_s": 0.0})
-        left, _ = self._play(self._forward, self._coarse.read, course.magnetisation, self._known_map_of(begun))
+        left, _ = self._play(self._coarse.forward, self._coarse.read, course.magnetisation, self._known_map_of(begun))
         return Course(left, (*course.played, Played(course.end_s, block)))
 
     def allowed(self, course: Course) -> Bool[np.ndarray, " candidate"]:
@@ -144,7 +146,7 @@ class Prospect:
 
     def read_candidates(self, course: Course) -> Float[np.ndarray, "node candidate point"]:
         """What each candidate would read next per unit amplitude, at the coarse nodes and points."""
-        return np.asarray(self._predict(self._coarse, course.magnetisation))
+        return np.asarray(self._predict(self._coarse, self._responses, course.magnetisation))
 
     def read(self, course: Course, block: SaturationBlock) -> Float[np.ndarray, "node 1 point"]:
         """What any block would read next."""
@@ -178,7 +180,7 @@ class Prospect:
         n_scheduled = len(self.scan.schedule)
         ahead = next_repetition + np.arange(min(n_scheduled, MOST_AHEAD))
         blocks = jax.tree.map(lambda leaf: leaf[np.minimum(ahead, n_scheduled - 1)], self._schedule)
-        candidates_at = self._candidates_at(self._coarse, course.magnetisation, rows)
+        candidates_at = self._candidates_at(self._coarse, self._responses, course.magnetisation, rows)
         rest_at = self._rest_at(self._coarse, course.magnetisation, blocks, rows)
         return jax.block_until_ready(self._answer(question, candidates_at, rest_at, (ahead < n_scheduled).astype(float)))
 
@@ -195,7 +197,7 @@ class Prospect:
         is_allowed = limits.allowed(self.scan.limits, self.scan.train, course.played, self._probes)
         if not is_allowed.any():
             return None
-        signal = np.clip(np.mean(np.asarray(self._predict(self._coarse_probes, course.magnetisation))[0], axis=-1), 0.0, 1.0)
+        signal = np.clip(np.mean(np.asarray(self._predict(self._coarse, self._responses_of_probes, course.magnetisation))[0], axis=-1), 0.0, 1.0)
         unlike = candidates.distances(self._probes, limits.blocks(saturated), self.scan.limits.b1_max_ut).min(axis=1, initial=FARTHEST)
         return self._probes.block(int(np.argmax(np.where(is_allowed, signal * (1 - signal) * unlike, -1.0))))
 
@@ -226,28 +228,33 @@ class Prospect:
         chosen = int(as_good[np.lexsort((-worth[as_good], energy))[0]])
         return advice._replace(block=self.candidates.block(chosen), gain=float(gains[chosen]))
 
-    def _described(self, blocks: Blocks, coarse: Coarse) -> tuple[Blocks, Coarse]:
-        """The likelihood takes nuisances to first order, few to second; along none may a pulse bend more than the schedule does, or than negligibly.
-
-        (With B0 and B1 unknown, strong pulses near water bend so much that no posterior that used them would hold.)
-        """
+    def _underway(self) -> Course:
+        """Some images into the schedule."""
         course = self.begin()
         for block in self.scan.schedule[:2]:
             course = self.play(course, block)
+        return course
+
+    def _bends_of_schedule(self, course: Course) -> Float[np.ndarray, "axis 1"]:
+        """The most that a scheduled pulse bends along each nuisance, and at least what is negligible."""
         schedule = np.concatenate([self.read(course, block) for block in self.scan.schedule], axis=1)
         usual = np.max(predictive.curvature(self._star, schedule), axis=1, keepdims=True, initial=0.0)
-        bends = predictive.curvature(self._star, np.asarray(self._predict(coarse, course.magnetisation)))
-        kept = np.flatnonzero(np.all(bends <= np.maximum(usual, NEGLIGIBLE_CURVATURE), axis=0))
-        return blocks.take(kept), predictive.some(coarse, kept)
+        return np.maximum(usual, NEGLIGIBLE_CURVATURE)
 
-    def _simulated(self, blocks: Blocks) -> Coarse:
-        read, respond = jax.jit(dictionary.reading)(self._forward), jax.jit(predictive.response)
-        chain, tissue = jax.tree.map(jnp.asarray, self._star.place)
-        each = [respond(read, self._map_of(blocks.block(index)), tissue) for index in range(len(blocks))]
-        return Coarse(self._forward, read, predictive.together(each), (chain, tissue))
+    def _described(self, blocks: Blocks, course: Course, most: Float[np.ndarray, "axis 1"]) -> tuple[Blocks, Responses]:
+        """Blocks that bend no more. The likelihood takes nuisances to first order, few to second.
+
+        (With B0 and B1 unknown, strong pulses near water bend so much that no posterior that used them would hold.)
+        """
+        respond, tissue = jax.jit(predictive.response), self._coarse.place[1]
+        each = [respond(self._coarse.read, self._map_of(blocks.block(index)), tissue) for index in range(len(blocks))]
+        responses = predictive.together(each)
+        bends = predictive.curvature(self._star, np.asarray(self._predict(self._coarse, responses, course.magnetisation)))
+        kept = np.flatnonzero(np.all(bends <= most, axis=0))
+        return blocks.take(kept), predictive.some(responses, kept)
 
     def _map_of(self, block: SaturationBlock) -> LongitudinalMap:
-        return self._block_map(self._forward, tissue_model.saturation(self.scan, block))
+        return self._block_map(self._coarse.forward, tissue_model.saturation(self.scan, block))
 
     def _known_map_of(self, block: SaturationBlock) -> LongitudinalMap:
         if block not in self._maps:
@@ -257,8 +264,8 @@ class Prospect:
         return self._maps[block]
 
 
-def _candidates_at(coarse: Coarse, state: Magnetisation, rows: Rows):
-    return predictive.at_draws(predictive.predict(coarse, state), rows)
+def _candidates_at(coarse: Coarse, responses: Responses, state: Magnetisation, rows: Rows):
+    return predictive.at_draws(predictive.predict(coarse, responses, state), rows)
 
 
 def _rest_at(coarse: Coarse, state: Magnetisation, blocks: LongitudinalMap, rows: Rows):
