@@ -84,12 +84,23 @@ def write_volume(path: str | Path, values: np.ndarray, geometry: Geometry, name:
     code = _SCANNER if geometry.is_oriented else _ALIGNED
     image.set_qform(geometry.affine(), code)
     image.set_sform(geometry.affine(), code)
-    image.header["descrip"] = f"{name}; scansteer".encode()[:79]
+    image.header["descrip"] = f"{name[:60]}{_OURS}".encode()
     image.header["intent_name"] = name.encode()[:15]
     orientation = "from the images" if geometry.is_oriented else "unknown: identity is assumed"
     text = json.dumps({"map": name, **provenance, "orientation": orientation}, allow_nan=False)
     image.header.extensions.append(Nifti1Extension("comment", text.encode()))
     nibabel.save(image, path)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `write_volume` has written a file."""
+    try:
+        return nibabel.load(path).header["descrip"].item().endswith(_OURS.encode())  # type: ignore[attr-defined]
+    except (OSError, EOFError, KeyError, ValueError, zlib.error, ImageFileError):
+        return False
+
+
+_OURS = "; scansteer"
 
 
 def _is_placed(image: object) -> bool:

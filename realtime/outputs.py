@@ -13,7 +13,7 @@ import numpy as np
 from scansteer.core.errors import ScansteerError
 from scansteer.realtime import report
 from scansteer.realtime.images import Geometry
-from scansteer.realtime.maps import write_volume
+from scansteer.realtime.maps import is_ours, write_volume
 from scansteer.realtime.messages import Decision
 from scansteer.realtime.retrospective import Comparison
 
@@ -32,9 +32,13 @@ class DecisionLog:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO = path.open("w", encoding="utf-8")
+            self._file: TextIO = path.open("a", encoding="utf-8")
         except OSError as error:
             raise ScansteerError(f"Cannot write {path}: {error.strerror}.") from error
+
+    def clear(self) -> None:
+        """Forget those of an earlier replay: this one begins."""
+        self._file.truncate(0)
 
     def append(self, decision: Decision) -> None:
         """
@@ -105,14 +109,14 @@ def write_outputs(
         raise ScansteerError(f"Cannot write {error.filename or out}: {error.strerror}.") from error
 
 
-_OUR_MAPS = re.compile(r"maps(_\d{3,})?/(\w+_(map|lower|upper|draw)|nrmse)\.nii\.gz")
-
-
 def _forget_earlier(out: Path) -> None:
-    """Maps of an earlier replay into this folder, which the new one need not have."""
+    """Maps of an earlier replay into this folder, which the new one need not have; what others have put there stays."""
     for file in out.glob("maps*/*.nii.gz"):
-        if _OUR_MAPS.fullmatch(file.relative_to(out).as_posix()):
+        if _FOLDERS.fullmatch(file.parent.name) and is_ours(file):
             file.unlink()
+
+
+_FOLDERS = re.compile(r"maps(_\d{3,})?")
 
 
 def write_maps(

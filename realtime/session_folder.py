@@ -84,16 +84,20 @@ class SessionFolder:
         try:
             with open(unfinished, "w", encoding="utf-8", opener=_private) as file:
                 json.dump(content, file)
-            unfinished.replace(self.closed)  # half a file would pass for the end of the session
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self.closed)  # whole or not at all: that it is there is what ends the session
         except OSError as error:
             log.warning("cannot write %s: %s", self.closed, error.strerror)
 
     def read_closed(self) -> dict[str, Any] | None:
-        """The summary of a session that has ended; none: it has not."""
+        """The summary of a session that has ended, empty if it was damaged since; none: it has not."""
         try:
             return json.loads(self.closed.read_text(encoding="utf-8"))["summary"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
     def count_decisions(self) -> int:
         """Lines of the decisions; 0 if there are none."""

@@ -20,6 +20,8 @@ from scansteer.protocols.scan import Auxiliary, Scan, to_yaml
 from scansteer.realtime import cli
 from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.connection import ServiceSilentError
+from scansteer.realtime.images import Geometry
+from scansteer.realtime.outputs import write_maps
 from scansteer.realtime.server import Server
 from scansteer.realtime.session import Session
 from scansteer.realtime.sessions import StoredSession
@@ -82,9 +84,10 @@ def images_of(folder: Path) -> list[np.ndarray]:
 
 
 def test_replay_leaves_decisions_maps_summary_and_report(monkeypatch, capsys, folder, tmp_path):
-    (tmp_path / "maps_003").mkdir()
-    (tmp_path / "maps_003" / "fs_map.nii.gz").write_bytes(b"of an earlier replay")
-    (tmp_path / "maps_003" / "anatomy.nii.gz").write_bytes(b"the user's own")
+    (tmp_path / "decisions.jsonl").write_text("of an earlier replay")
+    write_maps(tmp_path / "maps_003", {"fs_map": np.ones((1, 24, 20))}, Geometry((20, 24, 1)), {}, 3)
+    (tmp_path / "maps_003" / "t1_map.nii.gz").write_bytes(b"the user's own")
+    nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2), np.float32), np.eye(4)), tmp_path / "maps_003" / "b1_map.nii.gz")
     code, _, _ = run(monkeypatch, capsys, "replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out", tmp_path, "--maps-at", "2")
     assert code == 0
     decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
@@ -94,7 +97,7 @@ def test_replay_leaves_decisions_maps_summary_and_report(monkeypatch, capsys, fo
     said = {warning for decision in decisions for warning in decision["warnings"]}
     assert any("direction cosines" in warning for warning in said)
     assert said <= set(summary["warnings"])
-    assert [file.name for file in (tmp_path / "maps_003").iterdir()] == ["anatomy.nii.gz"]
+    assert {file.name for file in (tmp_path / "maps_003").iterdir()} == {"t1_map.nii.gz", "b1_map.nii.gz"}
     for place in ("maps", "maps_002"):
         image = nibabel.load(tmp_path / place / "fs_map.nii.gz")
         assert image.shape[:2] == (24, 20)
@@ -103,9 +106,11 @@ def test_replay_leaves_decisions_maps_summary_and_report(monkeypatch, capsys, fo
 
 def test_a_replay_that_is_refused_leaves_the_earlier_one_alone(monkeypatch, capsys, folder, tmp_path):
     (tmp_path / "decisions.jsonl").write_text("of an earlier replay")
-    code, _, _ = run(monkeypatch, capsys, "replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out", tmp_path, "--maps-at", "9")
-    assert code == 2
-    assert (tmp_path / "decisions.jsonl").read_text() == "of an earlier replay"
+    asked = "replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out", tmp_path
+    for wrong in (("--maps-at", "9"), ("--encoder", folder / "good.h5"), ("--connect", "tcp://127.0.0.1:9")):
+        code, _, _ = run(monkeypatch, capsys, *asked, *wrong)
+        assert code in (1, 2)
+        assert (tmp_path / "decisions.jsonl").read_text() == "of an earlier replay"
 
 
 def test_first_images_of_a_replay_are_those_of_the_whole(monkeypatch, capsys, folder, tmp_path):

@@ -230,14 +230,36 @@ def test_of_a_line_that_fits_in_half_nothing_stays(tmp_path):
     assert numbers_in(folder.decisions) == [0, 1]
 
 
-def test_half_a_closing_note_ends_no_session(tmp_path):
+def test_a_closing_note_is_whole_or_not_there(tmp_path):
     folder = session_folder.SessionFolder(tmp_path)
     assert folder.read_closed() is None
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+        folder.write_closed({"n_images": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert folder.read_closed() is None
+    assert folder.is_free
     folder.write_closed({"n_images": 3})
     assert folder.read_closed() == {"n_images": 3}
     assert [file.name for file in tmp_path.iterdir()] == [folder.closed.name]
+
+
+def test_a_session_whose_closing_note_was_damaged_stays_closed(stage, opening, make_image, serve_config, fake_session):
+    stage.say(opening)
+    stage.image("s", make_image(0))
+    stage.say(Close(session_id="s"))
+    stage.work()
+    folder = session_folder.SessionFolder(serve_config.data_dir / "s")
+    assert folder.read_closed()
     folder.closed.write_text(folder.closed.read_text()[:20])
-    assert folder.read_closed() is None
+    second = stage.restarted(serve_config, fake_session)
+    (answer,) = second.say(Close(session_id="s"))
+    assert (answer.kind, answer.summary) == ("closed", {})
+    (refused,) = second.say(opening)
+    assert refused.code == "closed"
+    second.broker.close()
 
 
 @pytest.mark.parametrize("spoiled", ['{"sequence_number": 1, "act{"sequence_number": 2}\n', '{"sequence_number": 7}\n', "[]\n"])
