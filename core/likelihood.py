@@ -17,7 +17,7 @@ One image costs the same whether it is the second or the thousandth.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import combinations_with_replacement
 from operator import add
@@ -43,6 +43,8 @@ class Sums(eqx.Module):
     """Sums over images of products of columns (upper triangle, row by row)."""
     projection: Float[Array, "column mixture cell voxel"]
     """Sums over images of column times signal."""
+    mean_projection: Float[Array, "mixture cell 1"]
+    """Of the first column, averaged over voxels; kept beside it, for averaging takes as long as all else that a block's voxels share."""
     energy: Float[Array, " voxel"]
     """Sum of squared signals [pixel^2]."""
     n_images: Float[Array, ""]
@@ -75,6 +77,7 @@ def init(n_voxels: int, n_mixture: int, n_columns: int, n_cells: int) -> Sums:
     return Sums(
         gram=jnp.zeros((n_pairs, n_mixture, n_cells, 1), jnp.float64),
         projection=jnp.zeros((n_columns, n_mixture, n_cells, n_voxels), jnp.float64),
+        mean_projection=jnp.zeros((n_mixture, n_cells, 1), jnp.float64),
         energy=jnp.zeros(n_voxels, jnp.float64),
         n_images=jnp.zeros((), jnp.float64),
     )
@@ -86,6 +89,7 @@ def update(sums: Sums, columns: Float[Array, "column mixture cell"], signal: Flo
     return Sums(
         gram=sums.gram + (columns[first] * columns[second])[..., None],
         projection=sums.projection + columns[..., None] * signal,
+        mean_projection=sums.mean_projection + columns[0][..., None] * jnp.mean(signal),
         energy=sums.energy + signal**2,
         n_images=sums.n_images + 1,
     )
@@ -112,38 +116,41 @@ def fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None =
         Known means of the nuisances' coefficients u, voxel by voxel, where they were measured; none: all are 0.
     """
     factor = _factor(sums, noise)
-    whiten, ridge, p = factor.whiten, factor.ridge, sums.projection
-    y = [_total(whiten[j, i] * p[i] for i in range(j, len(p))) for j in range(len(p))]
-    rhs, power = y[0], jnp.broadcast_to(factor.power, y[0].shape)
+    ridge, none = factor.ridge, jnp.zeros_like(sums.projection[0])
+    rhs, *y = _whitened(factor, sums.projection)
+    power = factor.power
     if shift is not None:
-        t = [_total(whiten[j, i] * shift[i - 1] for i in range(j, len(p))) for j in range(1, len(p))]
-        rhs = rhs + ridge * _total(each * along for each, along in zip(y[1:], t, strict=True))
-        linear = _total(along * mixed for along, mixed in zip(t, factor.mixed, strict=True))
-        square = jnp.sum(shift**2, axis=0) - ridge * _total(along**2 for along in t)
+        _, *t = _whitened(factor, [jnp.zeros_like(shift[0]), *shift])
+        rhs = rhs + ridge * _product(y, t, none)
+        linear, square = _product(t, factor.mixed, none), jnp.sum(shift**2, axis=0) - ridge * _product(t, t, none)
         power = power + ridge * (2 * linear + square)
     # the barriers have their arguments computed once, not anew in every reader inside fused loops
-    rhs, power, explained = jax.lax.optimization_barrier((rhs, power, _total([jnp.zeros_like(rhs), *(each**2 for each in y[1:])])))
-    amplitude, excess = held(rhs / power, power, LEAST_AMPLITUDE * jnp.sqrt(factor.implied))
-    residual = jnp.maximum(sums.energy - explained - rhs * (rhs / power), 0.0) + excess
-    residual, amplitude = jax.lax.optimization_barrier((residual, amplitude))
-    occam = factor.determinant * power * amplitude**2
-    log_likelihood = _student(occam, factor.variance, residual, noise.dof, sums.n_images)
-    return _mix(log_likelihood, residual.astype(jnp.float32), amplitude.astype(jnp.float32))
+    rhs, power, inverse, explained = jax.lax.optimization_barrier((rhs, power, 1 / power, _product(y, y, none)))
+    amplitude, excess = held(rhs * inverse, power, LEAST_AMPLITUDE * jnp.sqrt(factor.implied))
+    residual = jnp.maximum(sums.energy - explained - rhs**2 * inverse, 0.0) + excess
+    residual, amplitude, power = jax.lax.optimization_barrier(tuple(each.astype(jnp.float32) for each in (residual, amplitude, power)))
+    log_likelihood = _student(factor, power * amplitude**2, residual, noise.dof, sums.n_images)
+    return _mix(log_likelihood, residual, amplitude)
 
 
 def _total(terms: Iterable[Array]) -> Array:
     return reduce(add, terms)
 
 
-class _Factor(NamedTuple):
-    """What a block's voxels share: with G the gram matrix, X its nuisance part and A = X'X + ridge; leaves (.., mixture, cell, 1)."""
+def _product(a: Iterable[Array], b: Iterable[Array], none: Array) -> Array:
+    """Sum of the products; `none` where there are none."""
+    return reduce(add, (each * other for each, other in zip(a, b, strict=True)), none)
 
-    whiten: Array
-    """(column, column, ..): rows 1.. are W with W A W' = 1; row 0 (not scaled) projects the nuisances out of the signal F."""
+
+class _Factor(NamedTuple):
+    """What a block's voxels share: with G the gram matrix, X its nuisance part and A = X'X + ridge; leaves (mixture, cell, 1)."""
+
+    whiten: list[list[Array]]
+    """Rows 1.. are W with W A W' = 1, from the diagonal on; row 0 (not scaled) projects the nuisances out of the signal F."""
     power: Array
     """F'F with the nuisances projected out."""
-    mixed: Array
-    """(nuisance, ..): W X'F."""
+    mixed: list[Array]
+    """W X'F, of each nuisance."""
     determinant: Array
     """det(A) / ridge^p."""
     implied: Array
@@ -153,30 +160,45 @@ class _Factor(NamedTuple):
 
 
 def _factor(sums: Sums, noise: Noise) -> _Factor:
-    """Gaussian elimination of the nuisances, last column first."""
+    """Cholesky's decomposition of A, last column first, and its inverse.
+
+    Every entry is a sum of products of entries that are final, and kept once: overwritten in place, as in Gaussian elimination, they take twice
+    the passes over the cells.
+    """
     n = sums.projection.shape[0]
-    index = {pair: i for i, pair in enumerate(combinations_with_replacement(range(n), 2))}
-    gram = [[sums.gram[index[min(i, j), max(i, j)]] for j in range(n)] for i in range(n)]
-    implied = jnp.maximum(jnp.mean(sums.projection[0], axis=-1, keepdims=True) / gram[0][0], _TINY) ** 2
+    gram = dict(zip(combinations_with_replacement(range(n), 2), sums.gram, strict=True))
+    implied = jnp.maximum(sums.mean_projection / gram[0, 0], _TINY) ** 2
     variance = noise.sigma**2 + noise.discrepancy**2 * implied
     ridge = variance / implied
-    a = [list(row) for row in gram]
-    w = [[jnp.ones_like(ridge) if i == j else jnp.zeros_like(ridge) for j in range(n)] for i in range(n)]
-    determinant = jnp.ones_like(ridge)
+    determinant, none = jnp.ones_like(ridge), jnp.zeros_like(ridge)
+    root: list[list[Array]] = [[] for _ in range(n)]
+    """Of each row what lies right of the diagonal, last column first."""
+    whiten: list[list[Array]] = [[] for _ in range(n)]
     for j in range(n - 1, 0, -1):
-        pivot = a[j][j] + ridge
+        pivot = gram[j, j] + ridge - _product(root[j], root[j], none)
         determinant = determinant * pivot / ridge
-        for i in range(j):
-            factor = a[i][j] / pivot
-            for k in range(i, j):
-                a[i][k] = a[i][k] - factor * a[k][j]
-            for k in range(j, n):
-                w[i][k] = w[i][k] - factor * w[j][k]
-        w[j] = [each / jnp.sqrt(pivot) for each in w[j]]
-    whiten = jnp.stack([jnp.stack(row) for row in w])
-    mixed = jnp.stack([_total(w[j][i] * gram[i][0] for i in range(j, n)) for j in range(1, n)]) if n > 1 else jnp.zeros((0, *ridge.shape))
+        scale = jax.lax.optimization_barrier(1 / jnp.sqrt(pivot))
+        column = [(gram[i, j] - _product(root[i], root[j], none)) * scale for i in range(j)]
+        for row, entry in zip(root[:j], jax.lax.optimization_barrier(column), strict=True):
+            row.append(entry)
+        whiten[j] = [scale, *_inverse_row(root[j], whiten[j + 1 :], scale)]
+    mixed = root[0][::-1]
+    whiten[0] = [jnp.ones_like(ridge), *_inverse_row(root[0], whiten[1:], jnp.ones_like(ridge))]
+    power = gram[0, 0] - _product(mixed, mixed, none)
     # the barrier has all this computed once per cell, not once per voxel inside a fused loop
-    return _Factor(*jax.lax.optimization_barrier((whiten, a[0][0], mixed, determinant, implied, ridge, variance)))
+    return _Factor(*jax.lax.optimization_barrier((whiten, power, mixed, determinant, implied, ridge, variance)))
+
+
+def _inverse_row(root: list[Array], below: list[list[Array]], scale: Array) -> list[Array]:
+    """The inverse's row right of the diagonal, from the root's (last column first) and the inverse's rows below."""
+    right = root[::-1]
+    row = [-scale * _total(right[m] * below[m][k - m] for m in range(k + 1)) for k in range(len(right))]
+    return jax.lax.optimization_barrier(row)
+
+
+def _whitened(factor: _Factor, values: Sequence[Array] | Array) -> list[Array]:
+    """Of every row of `factor.whiten`."""
+    return [_total(weight * values[j + i] for i, weight in enumerate(row)) for j, row in enumerate(factor.whiten)]
 
 
 def held(amplitude: Array, power: Array, least: Array) -> tuple[Array, Array]:
@@ -189,10 +211,14 @@ def held(amplitude: Array, power: Array, least: Array) -> tuple[Array, Array]:
     return jnp.maximum(amplitude, least), power * short**2  # the sum with `short` would round a tiny `least` to zero
 
 
-def _student(occam: Array, variance: Array, residual: Array, dof: Array, n: Array) -> Array:
-    """log of occam^-1/2 s^-(n-1) (1 + RSS / (nu s^2))^-(nu+n-1)/2; logarithms in float32, a fifth of the time of float64."""
-    excess = jnp.log1p((residual / (dof * variance)).astype(jnp.float32))
-    return -0.5 * _log(occam) - (0.5 * (n - 1)).astype(jnp.float32) * _log(variance) - (0.5 * (dof + n - 1)).astype(jnp.float32) * excess
+def _student(factor: _Factor, power: Array, residual: Array, dof: Array, n: Array) -> Array:
+    """log of occam^-1/2 s^-(n-1) (1 + RSS / (nu s^2))^-(nu+n-1)/2; in float32, logarithms take a fifth of the time of float64.
+
+    Occam's factor is `power`, F'F a^2 with the nuisances projected out, times det(A) / ridge^p.
+    """
+    shared = (-0.5 * jnp.log(factor.determinant) - 0.5 * (n - 1) * jnp.log(factor.variance)).astype(jnp.float32)
+    excess = jnp.log1p(residual / (dof * factor.variance).astype(jnp.float32))
+    return shared - 0.5 * jnp.log(power) - (0.5 * (dof + n - 1)).astype(jnp.float32) * excess
 
 
 def _mix(log_likelihood: Array, residual: Array, amplitude: Array) -> Fit:
@@ -200,13 +226,7 @@ def _mix(log_likelihood: Array, residual: Array, amplitude: Array) -> Fit:
     if log_likelihood.shape[0] == 1:
         return Fit(log_likelihood[0], residual[0], amplitude[0])
     responsibility = jax.nn.softmax(log_likelihood, axis=0)
-    return Fit(
-        jax.nn.logsumexp(log_likelihood, axis=0), jnp.sum(responsibility * residual, axis=0), jnp.sum(responsibility * amplitude, axis=0)
-    )
-
-
-def _log(x: Array) -> Array:
-    return jnp.log(x.astype(jnp.float32))
+    return Fit(jax.nn.logsumexp(log_likelihood, axis=0), jnp.sum(responsibility * residual, axis=0), jnp.sum(responsibility * amplitude, axis=0))
 
 
 _TINY = 1e-9  # an implied amplitude that is not positive
