@@ -197,10 +197,13 @@ def _stencil(positions: Array, n: int) -> tuple[Array, tuple[Array, Array, Array
 
 
 def _weights(positions: Float[Array, "voxel fine"], n: int) -> Float[Array, "voxel fine n"]:
-    """The interpolation as a dense matrix."""
+    """The interpolation as a dense matrix; not a sum of four, which XLA's older code generator holds in memory each by itself."""
     base, stencil = _stencil(positions, n)
     offset = jnp.arange(n, dtype=jnp.float32) - base[..., None]
-    return sum(jnp.where(offset == m, weight[..., None], 0.0) for m, weight in enumerate(stencil))  # type: ignore[return-value]
+    result = jnp.zeros_like(offset)
+    for m, weight in enumerate(stencil):
+        result = jnp.where(offset == m, weight[..., None], result)
+    return result
 
 
 def at_point(values: Float[Array, "cell voxel"], position: tuple[Array, Array], n_points: tuple[int, int]) -> Float[Array, " voxel"]:
@@ -297,7 +300,7 @@ def _where_highest(values: Float[Array, "voxel place"]) -> Int[Array, " voxel"]:
     """The first place of the highest value: as `argmax` where none is NaN, in a quarter of its time."""
     n = values.shape[1]
     is_highest = values == jnp.max(values, axis=1, keepdims=True)
-    return jnp.minimum(jnp.min(jnp.where(is_highest, jnp.arange(n), n), axis=1), n - 1)
+    return jnp.minimum(jnp.min(jnp.where(is_highest, jnp.arange(n, dtype=jnp.int32), n), axis=1), n - 1)
 
 
 def _above(density: Array, level: Array, what: Array) -> Float[Array, " voxel"]:
