@@ -44,7 +44,7 @@ class Sums(eqx.Module):
     projection: Float[Array, "column mixture cell voxel"]
     """Sums over images of column times signal."""
     mean_projection: Float[Array, "mixture cell 1"]
-    """Of the first column, averaged over voxels; kept beside it, for averaging takes as long as all else that a block's voxels share."""
+    """Of the first column, averaged over voxels; kept beside it, for to average it anew copies it first."""
     energy: Float[Array, " voxel"]
     """Sum of squared signals [pixel^2]."""
     n_images: Float[Array, ""]
@@ -162,8 +162,8 @@ class _Factor(NamedTuple):
 def _factor(sums: Sums, noise: Noise) -> _Factor:
     """Cholesky's decomposition of A, last column first, and its inverse.
 
-    Every entry is a sum of products of entries that are final, and kept once: overwritten in place, as in Gaussian elimination, they take twice
-    the passes over the cells.
+    Every entry is a sum of products of entries that are final, and one pass over the cells makes it; Gaussian elimination would overwrite each in
+    every step.
     """
     n = sums.projection.shape[0]
     gram = dict(zip(combinations_with_replacement(range(n), 2), sums.gram, strict=True))
