@@ -3,7 +3,8 @@
     python benchmarks/promises.py real  [SCAN ...]                 replays; the scans lie in the folder SCANSTEER_DATA (default ../shared/data)
     python benchmarks/promises.py loops SCAN [RUNS] [WORLD ...]    single voxels drawn from the priors, scanned adaptively until they may stop
     python benchmarks/promises.py anatomy SCAN [RUNS]              the same of fixed tissues: white and grey matter, CSF, a lesion
-    python benchmarks/promises.py steering SCAN [DRAWS] [SEED]     scenes of six voxels to the published schedule's last area: what steering saves
+    python benchmarks/promises.py steering SCAN [DRAWS] [SEED] [KIND]   scenes of six voxels to the published schedule's last area: what steering
+                                                                   saves; KIND: digital (default), brain, solution or assortment
     python benchmarks/promises.py priors SCAN [SCENES]             scenes of 64 voxels drawn from the priors, under the pulses of other steered scans
     python benchmarks/promises.py quadrature SCAN                  64 voxels of a real scan, beside every range cut in two slices
     python benchmarks/promises.py resolution SCAN [PERMILLE]       64 voxels drawn from the priors, noise in M0/1000: beside a lattice of 112 x 112
@@ -33,7 +34,7 @@ from rich.progress import Progress
 
 from scansteer.core.noise import NoiseEstimate
 from scansteer.protocols.prospect import Prospect
-from scansteer.protocols.scan import Range, SaturationBlock, Scan, load
+from scansteer.protocols.scan import Range, Scan, load
 from scansteer.realtime.images import Frame
 from scansteer.realtime.messages import Decision
 from scansteer.realtime.recording import Recording, read
@@ -329,32 +330,31 @@ def _narrowed(scan: Scan, known: Sequence[str]) -> Scan:
     return Scan.model_validate(described)
 
 
-def steering(name: str, draws: int = 500, seed: int = 0) -> None:
+def steering(name: str, draws: int = 500, seed: int = 0, kind: str = "digital") -> None:
     """Print who needs how many images and seconds."""
-    scan = load(name)
+    scan, make = load(name), getattr(world, kind)
     begun = time.process_time()
     with Progress(disable=True) as progress, ThreadPoolExecutor(2) as pool:
         shared = study.Study(scan, Prospect(scan), Follower(scan, world.mapped_auxiliaries(scan)), seed)
-        optimised = study.optimised(shared, len(scan.schedule) + 1, schedules.N_RESTARTS, progress)
-        both = list(pool.map(partial(_steered_or_not, shared, optimised), range(draws)))
+        before = study.beforehand(shared, schedules.N_RESTARTS, pool, progress)
+        scenes = (make(scan, study.N_VOXELS, (seed, number)) for number in range(draws))
+        both = list(pool.map(partial(_steered_or_not, shared, before), scenes))
     found = study.compared({each: [traces[each] for traces in both] for each in both[0]}, seed)
-    print(f"\n## {name}: {draws} scenes, seed {seed} ({time.process_time() - begun:.0f} s of CPU)\n")
+    print(f"\n## {name}: {draws} scenes ({kind}), seed {seed} ({time.process_time() - begun:.0f} s of CPU)\n")
+    print(f"optimised over a course of {before.horizon:g} images; steering begins with {before.steered[0]}")
     for each, what in found.items():
         for key, value in what.items() if isinstance(what, dict) else [("", what)]:
             print(each, key, _rounded(value), flush=True)
 
 
-def _steered_or_not(shared: study.Study, optimised: Sequence[SaturationBlock], number: int) -> dict[str, Trace]:
+def _steered_or_not(shared: study.Study, before: study.Beforehand, scene: world.Scene) -> dict[str, Trace]:
     """The published schedule in full, the others until they know as much."""
-    scene = world.digital(shared.scan, study.N_VOXELS, (shared.seed, number))
-    scanned = partial(closed_loop.run, scene, shared.follower, shared.prospect)
-    published = scanned(schedules.published(shared.scan), closed_loop.Fixed())
-    target = float(np.median(published.area[-1]))
-    steer = closed_loop.Adaptive(shared.follower, shared.prospect, scene)
+    target, published = study.to_target(shared, scene)
+    scanned = partial(study.until_target, shared, scene, target)
     return {
         "published": published,
-        "optimised": scanned(optimised, closed_loop.Fixed(), until_area=target),
-        "adaptive": scanned(optimised, steer, until_area=target),
+        "optimised": scanned(before.optimised, steered=False),
+        "adaptive": scanned(before.steered, steered=True),
     }
 
 

@@ -23,8 +23,9 @@ N_RESTARTS = 10
 MOST_IMAGES = 64
 N_EXCHANGES = 60
 """Exchanges tried per start."""
-HORIZON = 16.0
-"""Cost (`Prospect.cost`) over which the area is optimised: images of the approved schedule's usual length."""
+HORIZONS = 16.0, 8.0, 5.0
+"""Costs (`Prospect.cost`) over which the area may be optimised: images of the approved schedule's usual length. What is best over a long course is
+not what comes down soonest."""
 
 
 def unsaturated(scan: Scan) -> SaturationBlock:
@@ -77,20 +78,23 @@ def optimise(
     n_images: int,
     rng: np.random.Generator,
     n_restarts: int = N_RESTARTS,
+    horizon: float = HORIZONS[0],
     progress: Callable[[], None] | None = None,
 ) -> list[SaturationBlock]:
     """The best schedule of several starts, the first one greedy throughout, the others with random first images.
 
     Parameters
     ----------
+    horizon
+        Cost over which the area is averaged.
     progress
         Called after every start.
     """
     best: tuple[float, list[SaturationBlock]] = (np.inf, [])
     for restart in range(n_restarts):
         first = [] if restart == 0 else random(prospect, 1 + int(rng.integers(1, 4)), rng)[int(rng.integers(0, 2)) :]
-        schedule = _greedy(prospect, draws, first, cost=HORIZON)
-        value, schedule = _exchanged(prospect, draws, schedule, rng)
+        schedule = _greedy(prospect, draws, first, cost=horizon)
+        value, schedule = _exchanged(prospect, draws, schedule, horizon, rng)
         if value < best[0]:
             best = value, schedule
         if progress is not None:
@@ -129,9 +133,11 @@ def _greedy(
     return schedule
 
 
-def _exchanged(prospect: Prospect, draws: Draws, schedule: list[SaturationBlock], rng: np.random.Generator) -> tuple[float, list[SaturationBlock]]:
+def _exchanged(
+    prospect: Prospect, draws: Draws, schedule: list[SaturationBlock], horizon: float, rng: np.random.Generator
+) -> tuple[float, list[SaturationBlock]]:
     """Replace one image, or let two change places, wherever that helps and limits and quota allow it."""
-    value = _objective(prospect, draws, schedule)
+    value = _objective(prospect, draws, schedule, horizon)
     for _ in range(N_EXCHANGES):
         tried, place = list(schedule), int(rng.integers(len(schedule)))
         if rng.random() < 0.3:
@@ -141,18 +147,18 @@ def _exchanged(prospect: Prospect, draws: Draws, schedule: list[SaturationBlock]
             tried[place] = prospect.candidates.block(int(rng.integers(len(prospect.candidates))))
         if not _keeps_limits(prospect, tried):
             continue
-        new = _objective(prospect, draws, tried)
+        new = _objective(prospect, draws, tried, horizon)
         if new < value:
             value, schedule = new, tried
     return value, schedule
 
 
-def _objective(prospect: Prospect, draws: Draws, schedule: Sequence[SaturationBlock]) -> float:
+def _objective(prospect: Prospect, draws: Draws, schedule: Sequence[SaturationBlock], horizon: float) -> float:
     """Expected log area, averaged over the horizon: an image's takes effect when its cost is paid."""
     before = np.concatenate([[_log_area(_prior(draws))], expected_log_areas(prospect, draws, schedule)])
     paid = np.concatenate([[0.0], np.cumsum(prospect.cost(limits.blocks(schedule)))])
-    lasts = np.diff(np.minimum(np.append(paid, np.inf), HORIZON))
-    return float(before @ lasts / HORIZON)
+    lasts = np.diff(np.minimum(np.append(paid, np.inf), horizon))
+    return float(before @ lasts / horizon)
 
 
 def _cost(prospect: Prospect, schedule: Sequence[SaturationBlock]) -> float:

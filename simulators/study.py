@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -27,6 +28,10 @@ N_VOXELS = 6
 """Voxels of a phantom, scanned together with the same pulses."""
 N_DRAWS = 48
 """Tissues that the optimised schedule is optimised for."""
+N_TRIALS = 24
+"""Phantoms on which the optimised schedule, and the image that steering begins with, are chosen beforehand."""
+N_EARLY = 4
+"""Of each optimised schedule, the images that steering might begin with."""
 N_RESTARTS_ORACLE = 1
 N_BOOTSTRAP = 2000
 
@@ -81,13 +86,13 @@ def run_study(
 def _compare(study: Study, repeats: int, n_restarts: int, pool: ThreadPoolExecutor, progress: Progress) -> dict[str, list[Trace]]:
     """Every schedule on the same phantoms, noise included."""
     approved = schedules.published(study.scan)
-    best = optimised(study, len(approved), n_restarts, progress)
+    before = beforehand(study, n_restarts, pool, progress)
     make: dict[str, Callable[[Scene, np.random.Generator], Sequence[SaturationBlock]]] = {
         "published": lambda scene, rng: approved,
         "random": lambda scene, rng: schedules.random(study.prospect, len(approved), rng),
-        "optimised": lambda scene, rng: best,
-        "adaptive": lambda scene, rng: best,
-        "oracle": lambda scene, rng: _oracle(study, scene, len(approved), rng),
+        "optimised": lambda scene, rng: before.optimised,
+        "adaptive": lambda scene, rng: before.steered,
+        "oracle": lambda scene, rng: _oracle(study, scene, len(approved), before.horizon, rng),
     }
 
     def one(name: str, number: int) -> Trace:
@@ -99,19 +104,75 @@ def _compare(study: Study, repeats: int, n_restarts: int, pool: ThreadPoolExecut
     return {name: _all(partial(one, name), range(repeats), f"phantoms, {name}", pool, progress) for name in make}
 
 
-def optimised(study: Study, n_images: int, n_restarts: int, progress: Progress) -> list[SaturationBlock]:
-    """The fixed schedule that is best for tissues drawn from the scan's priors, which is all that the adaptive choice knows beforehand."""
-    task = progress.add_task("optimise a schedule", total=n_restarts)
-    rng = np.random.default_rng((study.seed, 2))
+class Beforehand(NamedTuple):
+    """What is settled before the first phantom is seen, from the scan's priors alone."""
+
+    optimised: list[SaturationBlock]
+    """The fixed schedule that comes down to the target soonest."""
+    horizon: float
+    """Over which it was optimised."""
+    steered: list[SaturationBlock]
+    """What steering begins with, and falls back to."""
+
+
+def beforehand(study: Study, n_restarts: int, pool: ThreadPoolExecutor, progress: Progress) -> Beforehand:
+    """The best fixed schedule, and the best image to begin to steer with: each by trial, on phantoms that are none of the study's."""
+    made = _optimised(study, n_restarts, progress)
+    begins = _begins(study.prospect, list(made.values()))
+    task = progress.add_task("try schedules and first images", total=N_TRIALS)
+    scenes = [world.solution(study.scan, N_VOXELS, (study.seed, 30_000 + number)) for number in range(N_TRIALS)]
+
+    def tried(scene: Scene) -> list[Reached]:
+        target, _ = to_target(study, scene)
+        scan_to = partial(until_target, study, scene, target)
+        found = [scan_to(schedule, steered=False) for schedule in made.values()]
+        found += [scan_to([first, *schedules.published(study.scan)], steered=True) for first in begins]
+        progress.advance(task)
+        return [_reached(trace, target) for trace in found]
+
+    prices = _prices(list(pool.map(tried, scenes)))
+    horizon = list(made)[int(np.argmin(prices[: len(made)]))]
+    first = begins[int(np.argmin(prices[len(made) :]))]
+    return Beforehand(made[horizon], horizon, [first, *made[horizon][1:]])
+
+
+def _begins(prospect: Prospect, made: Sequence[Sequence[SaturationBlock]]) -> list[SaturationBlock]:
+    """First images to try: the shortest unsaturated one, and the early ones of good schedules; without their recovery, which a first image skips."""
+    shortest = {"t_rec_s": prospect.scan.limits.t_rec_s.lower}
+    early = [block.model_copy(update=shortest) for schedule in made for block in schedule[:N_EARLY]]
+    return [block for block in dict.fromkeys([prospect.candidates.block(0), *early]) if prospect.may_follow(prospect.begin(), block)]
+
+
+def _prices(tried: Sequence[Sequence[Reached]]) -> Float[np.ndarray, " way"]:
+    """Mean images times mean seconds to the target of each way of scanning: neither counts for more; phantom by phantom, way by way."""
+    return np.mean([[each.images for each in ways] for ways in tried], axis=0) * np.mean([[each.seconds for each in ways] for ways in tried], axis=0)
+
+
+def to_target(study: Study, scene: Scene) -> tuple[float, Trace]:
+    """The median area that (unsaturated image + published schedule) has at its end, and that scan."""
+    trace = closed_loop.run(scene, study.follower, study.prospect, schedules.published(study.scan), closed_loop.Fixed())
+    return float(np.median(trace.area[-1])), trace
+
+
+def until_target(study: Study, scene: Scene, target: float, schedule: Sequence[SaturationBlock], *, steered: bool) -> Trace:
+    """Scan until as much is known."""
+    choice = closed_loop.Adaptive(study.follower, study.prospect, scene) if steered else closed_loop.Fixed()
+    return closed_loop.run(scene, study.follower, study.prospect, schedule, choice, until_area=target)
+
+
+def _optimised(study: Study, n_restarts: int, progress: Progress) -> dict[float, list[SaturationBlock]]:
+    """By horizon, the schedules that are best for tissues drawn from the scan's priors, which is all that the adaptive choice knows beforehand."""
+    task = progress.add_task("optimise schedules", total=n_restarts * len(schedules.HORIZONS))
     scenes = [world.from_priors(study.scan, N_VOXELS, (study.seed, 10_000 + number)) for number in range(-(-N_DRAWS // N_VOXELS))]
     draws = schedules.draws_at(study.prospect, np.concatenate([_shares(scene) for scene in scenes]), _relative_noise(scenes))
-    return schedules.optimise(study.prospect, draws, n_images, rng, n_restarts, partial(progress.advance, task))
+    rng, n_images, advance = np.random.default_rng((study.seed, 2)), len(study.scan.schedule) + 1, partial(progress.advance, task)
+    return {horizon: schedules.optimise(study.prospect, draws, n_images, rng, n_restarts, horizon, advance) for horizon in schedules.HORIZONS}
 
 
-def _oracle(study: Study, scene: Scene, n_images: int, rng: np.random.Generator) -> list[SaturationBlock]:
+def _oracle(study: Study, scene: Scene, n_images: int, horizon: float, rng: np.random.Generator) -> list[SaturationBlock]:
     """Optimised for the true parameters, which nobody knows."""
     draws = schedules.draws_at(study.prospect, _shares(scene), _relative_noise([scene]))
-    return schedules.optimise(study.prospect, draws, n_images, rng, N_RESTARTS_ORACLE)
+    return schedules.optimise(study.prospect, draws, n_images, rng, N_RESTARTS_ORACLE, horizon)
 
 
 def _shares(scene: Scene) -> np.ndarray:

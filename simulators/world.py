@@ -124,18 +124,48 @@ def single(scan: Scan, seed: tuple[int, ...]) -> Scene:
 
 
 def digital(scan: Scan, n_voxels: int, seed: tuple[int, ...]) -> Scene:
-    """A digital brain (white and grey matter, CSF, lesion by turns) where the scan is one of brains, else vials spread over the box."""
-    rng = np.random.default_rng(seed)
+    """What a scan is about: a digital brain where it is one of brains, else a phantom of one solution."""
+    return (brain if mapped_auxiliaries(scan) else solution)(scan, n_voxels, seed)
+
+
+def brain(scan: Scan, n_voxels: int, seed: tuple[int, ...]) -> Scene:
+    """White and grey matter, CSF and lesion by turns."""
     fraction, rate = scan.parameter_names
+    tissues = [list(BRAIN.values())[number % len(BRAIN)] for number in range(n_voxels)]
+    names = {fraction: "f", rate: "k", **{name: name for name in ("t1_s", "t2_s")}}
+    shares = {name: np.array([tissue[key] for tissue in tissues]) for name, key in names.items()}
+    return _about(scan, shares, 0.05, n_voxels, seed, np.random.default_rng(seed))
+
+
+def solution(scan: Scan, n_voxels: int, seed: tuple[int, ...]) -> Scene:
+    """Vials of about one solution: its (f, k) is drawn from the priors, and they lie within a tenth of the box's sides of it.
+
+    (The published vials lie within 0.02 and 0.07 of their mean.)
+    """
+    rng = np.random.default_rng(seed)
+    shares = {name: np.full(n_voxels, _share(each, _draw(each, 1, rng)[0])) for name, each in scan.parameters.items()}
+    return _about(scan, shares, 0.1, n_voxels, seed, rng)
+
+
+def assortment(scan: Scan, n_voxels: int, seed: tuple[int, ...]) -> Scene:
+    """Vials spread over the box: no pulse is right for all of them."""
+    shares = {name: np.full(n_voxels, 0.5) for name in scan.parameters}
+    return _about(scan, shares, 0.4, n_voxels, seed, np.random.default_rng(seed))
+
+
+def _share(span: Parameter, value: float) -> float:
+    return (value - span.lower) / (span.upper - span.lower)
+
+
+def _about(
+    scan: Scan, shares: Mapping[str, np.ndarray], scatter: float, n_voxels: int, seed: tuple[int, ...], rng: np.random.Generator
+) -> Scene:
+    """Voxels whose quantities scatter about given places in their ranges (0: lower, 1: upper); of the others the whole range is drawn from."""
     spans = {**scan.parameters, **scan.auxiliaries}
-    if mapped_auxiliaries(scan):
-        tissues = [list(BRAIN.values())[number % len(BRAIN)] for number in range(n_voxels)]
-        shares = {name: [tissue.get({fraction: "f", rate: "k"}.get(name, name), 0.5) for tissue in tissues] for name in spans}
-        scatter = {name: 0.05 if name in (fraction, rate, "t1_s", "t2_s") else 0.5 for name in spans}
-    else:
-        shares = dict.fromkeys(spans, [0.5] * n_voxels)
-        scatter = {name: 0.4 if name in (fraction, rate) else 0.5 for name in spans}
-    placed = {name: np.clip(shares[name] + scatter[name] * rng.uniform(-1, 1, n_voxels), 0.01, 1) for name in spans}
+    middle = np.full(n_voxels, 0.5)
+    placed = {
+        name: np.clip(shares.get(name, middle) + (scatter if name in shares else 0.5) * rng.uniform(-1, 1, n_voxels), 0.01, 1) for name in spans
+    }
     return _scene(scan, {name: span.lower + placed[name] * (span.upper - span.lower) for name, span in spans.items()}, seed, rng)
 
 

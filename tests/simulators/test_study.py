@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from rich.progress import Progress
 
 from scansteer.core import lack_of_fit, lattice, predictive, resolution
 from scansteer.core.noise import NoiseEstimate
@@ -42,7 +44,8 @@ def follower():
 @pytest.mark.long
 def test_a_study_compares_schedules_and_worlds(tmp_path, monkeypatch):
     monkeypatch.setattr(schedules, "N_EXCHANGES", 1)
-    monkeypatch.setattr(schedules, "HORIZON", 4.0)
+    monkeypatch.setattr(schedules, "HORIZONS", (4.0, 3.0))
+    monkeypatch.setattr(study, "N_TRIALS", 2)
     monkeypatch.setattr(study, "N_RESTARTS_ORACLE", 1)
     study.run_study(SCAN, 1, tmp_path / "study.json", worlds=("as described",), n_restarts=1)
     result = json.loads((tmp_path / "study.json").read_text())
@@ -106,6 +109,43 @@ def test_a_world_is_judged_by_what_lies_outside_when_it_stops():
     assert study.of_world([traces[2]], 10)["coverage_at_stop"] is None
 
 
+def test_of_ways_to_scan_neither_images_nor_seconds_count_for_more():
+    few, many = study.Reached(4, 30.0, (0, 0), True), study.Reached(5, 20.0, (0, 0), True)
+    assert list(study._prices([[few, many], [few, many]])) == [120.0, 100.0]
+
+
+def test_what_is_settled_beforehand_is_the_best_of_what_was_tried(prospect, follower, monkeypatch):
+    """Of two schedules the one that comes down sooner, and of the first images the one with which steering does; on phantoms of their own."""
+    soon, late = [SCAN.schedule[index] for index in (0, 2)]
+    unsaturated = prospect.candidates.block(0)
+    seen = []
+
+    def until_target(_study, scene, _target, schedule, *, steered):
+        seen.append(scene.seed)
+        n = {soon: 1, late: 2, unsaturated: 1 if steered else 3}[schedule[0]] + steered
+        return a_trace([8.0] * n + [1.0], [0] * (n + 1))
+
+    monkeypatch.setattr(study, "N_TRIALS", 3)
+    monkeypatch.setattr(study, "_optimised", lambda *_: {8.0: [late, late], 5.0: [soon, late]})
+    monkeypatch.setattr(study, "to_target", lambda *_: (2.0, None))
+    monkeypatch.setattr(study, "until_target", until_target)
+    with Progress(disable=True) as progress, ThreadPoolExecutor(1) as pool:
+        found = study.beforehand(study.Study(SCAN, prospect, follower, 0), 1, pool, progress)
+    assert (found.horizon, found.optimised) == (5.0, [soon, late])
+    assert found.steered[0] in (soon, unsaturated)
+    assert found.steered[1:] == [late]
+    assert {seed for _, seed in seen} == {30_000, 30_001, 30_002}
+
+
+def test_vials_of_one_solution_are_alike_and_phantoms_are_not():
+    width = np.array([side.upper - side.lower for side in SCAN.parameters.values()])
+    scenes = [world.solution(SCAN, 12, (8, number)) for number in range(40)]
+    assert all(np.all(np.ptp(scene.truth / width, axis=0) <= 0.2) for scene in scenes)
+    centres = np.array([scene.truth.mean(axis=0) / width for scene in scenes])
+    assert np.all(np.ptp(centres, axis=0) > 0.6)
+    assert np.all(np.ptp(world.assortment(SCAN, 40, (8, 1)).truth / width, axis=0) > 0.6)
+
+
 def test_a_study_foresees_what_a_session_does(follower):
     """Hence the same lattice."""
     ours, theirs = (resolution.narrower_sd(each._foreseen(), 1e-6) for each in (follower, Reference(SCAN, [])))
@@ -142,7 +182,7 @@ def test_optimised_schedules_beat_random_ones_and_keep_limits_and_quota(prospect
     draws = schedules.draws_at(prospect, np.random.default_rng(0).uniform(0.2, 0.8, (8, 2)), world.NOISE)
     made = schedules.optimise(prospect, draws, 8, np.random.default_rng(1), n_restarts=1)
     others = [schedules.random(prospect, 8, np.random.default_rng(seed)) for seed in range(3)]
-    ours, *theirs = (schedules._objective(prospect, draws, schedule) for schedule in (made, *others))
+    ours, *theirs = (schedules._objective(prospect, draws, schedule, 16.0) for schedule in (made, *others))
     assert ours < min(theirs) - 0.5
     for schedule in (made, *others):
         assert len(schedule) == 8
