@@ -32,8 +32,9 @@ TIE = 0.03
 """Candidates whose worth is less than this below the best one's are as good as the best: gains come from few draws."""
 TIE_REFERENCE = 0.5
 """The same for an unsaturated image while none has been played."""
-HASTE = 0.5
-"""An image costs its duration to this power: 0 counts images, 1 counts seconds."""
+HASTE = 0.25
+"""An image costs its duration to this power: 0 counts images, 1 counts seconds. With 0.5 steering the mouse takes a tenth more images and a
+tenth less time (benchmarks/promises.md)."""
 
 FARTHEST = 10.0
 """Two pulses are never less alike (`candidates.distances`)."""

@@ -80,8 +80,8 @@ def optimise(
     n_restarts: int = N_RESTARTS,
     horizon: float = HORIZONS[0],
     progress: Callable[[], None] | None = None,
-) -> list[SaturationBlock]:
-    """The best schedule of several starts, the first one greedy throughout, the others with random first images.
+) -> list[list[SaturationBlock]]:
+    """The schedules of several starts, the best one first; one start is greedy throughout, the others have random first images.
 
     Parameters
     ----------
@@ -90,16 +90,15 @@ def optimise(
     progress
         Called after every start.
     """
-    best: tuple[float, list[SaturationBlock]] = (np.inf, [])
+    found: list[tuple[float, list[SaturationBlock]]] = []
     for restart in range(n_restarts):
         first = [] if restart == 0 else random(prospect, 1 + int(rng.integers(1, 4)), rng)[int(rng.integers(0, 2)) :]
         schedule = _greedy(prospect, draws, first, cost=horizon)
-        value, schedule = _exchanged(prospect, draws, schedule, horizon, rng)
-        if value < best[0]:
-            best = value, schedule
+        found.append(_exchanged(prospect, draws, schedule, horizon, rng))
         if progress is not None:
             progress()
-    return _greedy(prospect, draws, best[1], n_images=n_images)
+    ordered = [schedule for _, schedule in sorted(found, key=lambda each: each[0])]
+    return [_greedy(prospect, draws, schedule, n_images=n_images) for schedule in ordered]
 
 
 def expected_log_areas(prospect: Prospect, draws: Draws, schedule: Sequence[SaturationBlock]) -> Float[np.ndarray, " image"]:

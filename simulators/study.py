@@ -30,8 +30,10 @@ N_DRAWS = 48
 """Tissues that the optimised schedule is optimised for."""
 N_TRIALS = 24
 """Phantoms on which the optimised schedule, and the image that steering begins with, are chosen beforehand."""
+N_TRIED = 4
+"""Of each horizon's optimised schedules, how many are tried there."""
 N_EARLY = 4
-"""Of each optimised schedule, the images that steering might begin with."""
+"""Of each horizon's best schedule, the images that steering might begin with."""
 N_RESTARTS_ORACLE = 1
 N_BOOTSTRAP = 2000
 
@@ -117,23 +119,24 @@ class Beforehand(NamedTuple):
 
 def beforehand(study: Study, n_restarts: int, pool: ThreadPoolExecutor, progress: Progress) -> Beforehand:
     """The best fixed schedule, and the best image to begin to steer with: each by trial, on phantoms that are none of the study's."""
-    made = _optimised(study, n_restarts, progress)
-    begins = _begins(study.prospect, list(made.values()))
+    by_horizon = _optimised(study, n_restarts, progress)
+    made = [(horizon, schedule) for horizon, each in by_horizon.items() for schedule in each[:N_TRIED]]
+    begins = _begins(study.prospect, [each[0] for each in by_horizon.values()])
     task = progress.add_task("try schedules and first images", total=N_TRIALS)
     scenes = [world.solution(study.scan, N_VOXELS, (study.seed, 30_000 + number)) for number in range(N_TRIALS)]
 
     def tried(scene: Scene) -> list[Reached]:
         target, _ = to_target(study, scene)
         scan_to = partial(until_target, study, scene, target)
-        found = [scan_to(schedule, steered=False) for schedule in made.values()]
+        found = [scan_to(schedule, steered=False) for _, schedule in made]
         found += [scan_to([first, *schedules.published(study.scan)], steered=True) for first in begins]
         progress.advance(task)
         return [_reached(trace, target) for trace in found]
 
     prices = _prices(list(pool.map(tried, scenes)))
-    horizon = list(made)[int(np.argmin(prices[: len(made)]))]
+    horizon, best = made[int(np.argmin(prices[: len(made)]))]
     first = begins[int(np.argmin(prices[len(made) :]))]
-    return Beforehand(made[horizon], horizon, [first, *made[horizon][1:]])
+    return Beforehand(best, horizon, [first, *best[1:]])
 
 
 def _begins(prospect: Prospect, made: Sequence[Sequence[SaturationBlock]]) -> list[SaturationBlock]:
@@ -160,8 +163,8 @@ def until_target(study: Study, scene: Scene, target: float, schedule: Sequence[S
     return closed_loop.run(scene, study.follower, study.prospect, schedule, choice, until_area=target)
 
 
-def _optimised(study: Study, n_restarts: int, progress: Progress) -> dict[float, list[SaturationBlock]]:
-    """By horizon, the schedules that are best for tissues drawn from the scan's priors, which is all that the adaptive choice knows beforehand."""
+def _optimised(study: Study, n_restarts: int, progress: Progress) -> dict[float, list[list[SaturationBlock]]]:
+    """By horizon the best schedules, the best one first, for tissues drawn from the scan's priors: all that steering knows beforehand."""
     task = progress.add_task("optimise schedules", total=n_restarts * len(schedules.HORIZONS))
     scenes = [world.from_priors(study.scan, N_VOXELS, (study.seed, 10_000 + number)) for number in range(-(-N_DRAWS // N_VOXELS))]
     draws = schedules.draws_at(study.prospect, np.concatenate([_shares(scene) for scene in scenes]), _relative_noise(scenes))
@@ -172,7 +175,7 @@ def _optimised(study: Study, n_restarts: int, progress: Progress) -> dict[float,
 def _oracle(study: Study, scene: Scene, n_images: int, horizon: float, rng: np.random.Generator) -> list[SaturationBlock]:
     """Optimised for the true parameters, which nobody knows."""
     draws = schedules.draws_at(study.prospect, _shares(scene), _relative_noise([scene]))
-    return schedules.optimise(study.prospect, draws, n_images, rng, N_RESTARTS_ORACLE, horizon)
+    return schedules.optimise(study.prospect, draws, n_images, rng, N_RESTARTS_ORACLE, horizon)[0]
 
 
 def _shares(scene: Scene) -> np.ndarray:
