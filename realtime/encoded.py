@@ -31,10 +31,10 @@ from scansteer.protocols.scan import SaturationBlock, Scan, bounds
 from scansteer.realtime.encoder_file import Trained, check, load, shipped
 from scansteer.realtime.messages import Audit
 from scansteer.realtime.reference import Reference
-from scansteer.realtime.volume import Volume
+from scansteer.realtime.volume import BATCH, SMALL_BATCH, Volume
 
 VOLUME = 20_000
-"""Voxels of a matrix from which on speed per voxel counts for more than being ready a few seconds earlier."""
+"""Voxels of a matrix from which on few large calls are faster than many small ones that share the cores evenly."""
 N_AUDITED = 128
 """Voxels, enough for `design` to ask about and for the two bounds below: 5 % of 128 is more than six voxels' worth of draws."""
 N_DRAWS = 100
@@ -67,8 +67,8 @@ class Encoded:
         self._coordinate = trained.encoder.coordinate
         self._compare = jax.jit(self._distances, compiler_options=for_large_programs())
         with ThreadPoolExecutor(1) as side_by_side:  # both compile for long
-            few = math.prod(scan.matrix or (0,)) < VOLUME
-            volume = side_by_side.submit(Volume, trained.encoder, columns, scan.noise.discrepancy, ready_soon=few)
+            batch = SMALL_BATCH if math.prod(scan.matrix or (0,)) < VOLUME else BATCH
+            volume = side_by_side.submit(Volume, trained.encoder, columns, scan.noise.discrepancy, batch=batch)
             self._reference = Reference(scan, mapped)
             self._rehearse_comparison()
             self._volume = volume.result()

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from scansteer.core import agreement, gaussian_region, signal_basis, voxel_columns
 from scansteer.core import coordinate as coordinates
 from scansteer.core import encoder as encoders
-from scansteer.core.code_generation import for_blocks_of_voxels, for_large_programs, with_barriers
+from scansteer.core.code_generation import for_blocks_of_voxels, with_barriers
 from scansteer.core.encoder import Encoder, Expansion, Fit, Gaussian, Plan, Points, State
 from scansteer.core.grid_posterior import Info
 from scansteer.core.likelihood import Noise
@@ -34,8 +34,8 @@ from scansteer.core.voxel_columns import Columns, Rows
 BLOCK = 128
 """Voxels per block."""
 BATCH, SMALL_BATCH = 64, 4
-"""Blocks per call, of a volume and of a region that must be ready soon: a few thousand voxels then keep all cores busy as well. In a volume up to
-8 192 voxels are one call, a tenth of a second of one core."""
+"""Blocks per call, of a volume and of a region: a few thousand voxels then keep all cores busy as well. In a volume up to 8 192 voxels are one
+call, a tenth of a second of one core."""
 SEARCH = 0.4
 """Scale of the search for the MAP, in standard deviations of the posterior."""
 
@@ -50,16 +50,14 @@ class Answer(NamedTuple):
 class Volume:
     """The encoder alone; voxels are those of `begin`, in its order."""
 
-    def __init__(self, encoder: Encoder, columns: Columns, discrepancy: float, block: int = BLOCK, *, ready_soon: bool = False) -> None:
-        """Compile: ten seconds; about half of that with `ready_soon`, for code that takes twice as long per voxel."""
-        self.encoder, self.columns, self._block = encoder, columns, block
-        self._batch = SMALL_BATCH if ready_soon else BATCH
+    def __init__(self, encoder: Encoder, columns: Columns, discrepancy: float, block: int = BLOCK, batch: int = BATCH) -> None:
+        """Compile: ten seconds. XLA's older code generator would take three quarters of that, its code half as long again per voxel and more."""
+        self.encoder, self.columns, self._block, self._batch = encoder, columns, block, batch
         self._plan = encoders.plan(encoder)
         self._discrepancy = jnp.asarray(discrepancy)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scansteer-encoder")
         static = eqx.filter(encoder, eqx.is_array, inverse=True)
-        options = for_blocks_of_voxels() | (for_large_programs() if ready_soon else {})
-        self._answer = jax.jit(partial(_answer_blocks, static=static, kinds=columns.kinds), donate_argnums=0, compiler_options=options)
+        self._answer = jax.jit(partial(_answer_blocks, static=static, kinds=columns.kinds), donate_argnums=0, compiler_options=for_blocks_of_voxels())
         self._evaluate = eqx.filter_jit(_evaluate_blocks, compiler_options=with_barriers())  # pyright: ignore[reportCallIssue] - for jax.jit
         self._draw = eqx.filter_jit(agreement.posterior_draw)
         self._n_voxels = 0
