@@ -341,7 +341,7 @@ def steering(name: str, draws: int = 500, seed: int = 0, kind: str = "digital") 
         both = list(pool.map(partial(_steered_or_not, shared, before), scenes))
     found = study.compared({each: [traces[each] for traces in both] for each in both[0]}, seed)
     print(f"\n## {name}: {draws} scenes ({kind}), seed {seed} ({time.process_time() - begun:.0f} s of CPU)\n")
-    print(f"optimised over a course of {before.horizon:g} images; steering begins with {before.steered[0]}")
+    print(f"optimised over a course of {before.horizon:g} images; steering begins with", *before.begin, sep="\n")
     for each, what in found.items():
         for key, value in what.items() if isinstance(what, dict) else [("", what)]:
             print(each, key, _rounded(value), flush=True)
@@ -353,8 +353,8 @@ def _steered_or_not(shared: study.Study, before: study.Beforehand, scene: world.
     scanned = partial(study.until_target, shared, scene, target)
     return {
         "published": published,
-        "optimised": scanned(before.optimised, steered=False),
-        "adaptive": scanned(before.steered, steered=True),
+        "optimised": scanned(before.optimised, len(before.optimised)),
+        "adaptive": scanned([*before.begin, *before.optimised[len(before.begin) :]], len(before.begin)),
     }
 
 

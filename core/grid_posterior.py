@@ -1,7 +1,7 @@
 """The reference posterior: exact on a lattice over the box of (f, k), one image at a time.
 
 Voxels are processed in blocks of a fixed size, padded: shapes never change, so nothing is compiled after the first image, and a voxel's
-answer does not depend on its neighbours.
+answer depends on its neighbours by the block's mean brightness alone.
 """
 
 from __future__ import annotations

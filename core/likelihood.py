@@ -44,7 +44,7 @@ class Sums(eqx.Module):
     projection: Float[Array, "column mixture cell voxel"]
     """Sums over images of column times signal."""
     mean_projection: Float[Array, "mixture cell 1"]
-    """Of the first column, averaged over voxels; kept beside it, for to average it anew copies it first."""
+    """Of the first column, averaged over voxels; kept beside it, for averaging it anew at every image would copy it first."""
     energy: Float[Array, " voxel"]
     """Sum of squared signals [pixel^2]."""
     n_images: Float[Array, ""]
@@ -116,16 +116,16 @@ def fit(sums: Sums, noise: Noise, shift: Float[Array, "nuisance voxel"] | None =
         Known means of the nuisances' coefficients u, voxel by voxel, where they were measured; none: all are 0.
     """
     factor = _factor(sums, noise)
-    ridge, none = factor.ridge, jnp.zeros_like(sums.projection[0])
+    ridge, zero = factor.ridge, jnp.zeros_like(sums.projection[0])
     rhs, *y = _whitened(factor, sums.projection)
     power = factor.power
     if shift is not None:
         _, *t = _whitened(factor, [jnp.zeros_like(shift[0]), *shift])
-        rhs = rhs + ridge * _product(y, t, none)
-        linear, square = _product(t, factor.mixed, none), jnp.sum(shift**2, axis=0) - ridge * _product(t, t, none)
+        rhs = rhs + ridge * _product(y, t, zero)
+        linear, square = _product(t, factor.mixed, zero), jnp.sum(shift**2, axis=0) - ridge * _product(t, t, zero)
         power = power + ridge * (2 * linear + square)
     # the barriers have their arguments computed once, not anew in every reader inside fused loops
-    rhs, power, inverse, explained = jax.lax.optimization_barrier((rhs, power, 1 / power, _product(y, y, none)))
+    rhs, power, inverse, explained = jax.lax.optimization_barrier((rhs, power, 1 / power, _product(y, y, zero)))
     amplitude, excess = held(rhs * inverse, power, LEAST_AMPLITUDE * jnp.sqrt(factor.implied))
     residual = jnp.maximum(sums.energy - explained - rhs**2 * inverse, 0.0) + excess
     residual, amplitude, power = jax.lax.optimization_barrier(tuple(each.astype(jnp.float32) for each in (residual, amplitude, power)))
@@ -137,9 +137,9 @@ def _total(terms: Iterable[Array]) -> Array:
     return reduce(add, terms)
 
 
-def _product(a: Iterable[Array], b: Iterable[Array], none: Array) -> Array:
-    """Sum of the products; `none` where there are none."""
-    return reduce(add, (each * other for each, other in zip(a, b, strict=True)), none)
+def _product(a: Iterable[Array], b: Iterable[Array], zero: Array) -> Array:
+    """Sum of the products; `zero` where there are none."""
+    return reduce(add, (each * other for each, other in zip(a, b, strict=True)), zero)
 
 
 class _Factor(NamedTuple):
@@ -170,21 +170,21 @@ def _factor(sums: Sums, noise: Noise) -> _Factor:
     implied = jnp.maximum(sums.mean_projection / gram[0, 0], _TINY) ** 2
     variance = noise.sigma**2 + noise.discrepancy**2 * implied
     ridge = variance / implied
-    determinant, none = jnp.ones_like(ridge), jnp.zeros_like(ridge)
+    determinant, zero = jnp.ones_like(ridge), jnp.zeros_like(ridge)
     root: list[list[Array]] = [[] for _ in range(n)]
     """Of each row what lies right of the diagonal, last column first."""
     whiten: list[list[Array]] = [[] for _ in range(n)]
     for j in range(n - 1, 0, -1):
-        pivot = gram[j, j] + ridge - _product(root[j], root[j], none)
+        pivot = gram[j, j] + ridge - _product(root[j], root[j], zero)
         determinant = determinant * pivot / ridge
         scale = jax.lax.optimization_barrier(1 / jnp.sqrt(pivot))
-        column = [(gram[i, j] - _product(root[i], root[j], none)) * scale for i in range(j)]
+        column = [(gram[i, j] - _product(root[i], root[j], zero)) * scale for i in range(j)]
         for row, entry in zip(root[:j], jax.lax.optimization_barrier(column), strict=True):
             row.append(entry)
         whiten[j] = [scale, *_inverse_row(root[j], whiten[j + 1 :], scale)]
     mixed = root[0][::-1]
     whiten[0] = [jnp.ones_like(ridge), *_inverse_row(root[0], whiten[1:], jnp.ones_like(ridge))]
-    power = gram[0, 0] - _product(mixed, mixed, none)
+    power = gram[0, 0] - _product(mixed, mixed, zero)
     # the barrier has all this computed once per cell, not once per voxel inside a fused loop
     return _Factor(*jax.lax.optimization_barrier((whiten, power, mixed, determinant, implied, ridge, variance)))
 

@@ -15,11 +15,14 @@ import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Extension
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
 from scansteer.core.errors import InputError
 from scansteer.realtime.images import UNITS, Frame, Geometry, Role, by
 
 _SCANNER, _ALIGNED = 1, 2  # NIfTI codes of what an affine refers to
+_UNREADABLE = (ImageFileError, HeaderDataError, HeaderTypeError, OSError, EOFError, ValueError, zlib.error)
+"""What nibabel raises on a file that is not what its name says."""
 
 
 def from_file(name: str, path: str | Path, geometry: Geometry) -> Frame:
@@ -50,7 +53,7 @@ def read_volume(path: str | Path, geometry: Geometry) -> np.ndarray:
     try:
         image = nibabel.load(path)
         values = np.asarray(image.dataobj, dtype=np.float64)  # type: ignore[attr-defined]
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except _UNREADABLE as error:
         raise InputError(f"Cannot read {path} as NIfTI: {error}.") from error
     x, y, z = geometry.matrix
     shape = values.shape + (1,) * (3 - values.ndim)
@@ -84,7 +87,7 @@ def write_volume(path: str | Path, values: np.ndarray, geometry: Geometry, name:
     code = _SCANNER if geometry.is_oriented else _ALIGNED
     image.set_qform(geometry.affine(), code)
     image.set_sform(geometry.affine(), code)
-    image.header["descrip"] = f"{name[:60]}{_OURS}".encode()
+    image.header["descrip"] = _described(name)
     image.header["intent_name"] = name.encode()[:15]
     orientation = "from the images" if geometry.is_oriented else "unknown: identity is assumed"
     text = json.dumps({"map": name, **provenance, "orientation": orientation}, allow_nan=False)
@@ -93,14 +96,16 @@ def write_volume(path: str | Path, values: np.ndarray, geometry: Geometry, name:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether `write_volume` has written a file."""
+    """Whether `write_volume` has written a file, under this name: what was made of our maps since keeps their header."""
     try:
-        return nibabel.load(path).header["descrip"].item().endswith(_OURS.encode())  # type: ignore[attr-defined]
-    except (OSError, EOFError, KeyError, ValueError, zlib.error, ImageFileError):
+        return nibabel.load(path).header["descrip"].item() == _described(path.name.removesuffix(".nii.gz"))  # type: ignore[attr-defined]
+    except (KeyError, *_UNREADABLE):
         return False
 
 
-_OURS = "; scansteer"
+def _described(name: str) -> bytes:
+    """What a header says of a map: at most 79 bytes."""
+    return f"{name[:60]}; scansteer".encode()
 
 
 def _is_placed(image: object) -> bool:

@@ -21,6 +21,8 @@ from scansteer.realtime.retrospective import Comparison
 class DecisionLog:
     """decisions.jsonl, one line per decision, each in the file as soon as it is made; use as a context manager.
 
+    Those of an earlier replay go with the first one: a replay that is refused leaves them alone.
+
     Attributes
     ----------
     decisions
@@ -36,10 +38,6 @@ class DecisionLog:
         except OSError as error:
             raise ScansteerError(f"Cannot write {path}: {error.strerror}.") from error
 
-    def clear(self) -> None:
-        """Forget those of an earlier replay: this one begins."""
-        self._file.truncate(0)
-
     def append(self, decision: Decision) -> None:
         """
         Raises
@@ -48,6 +46,8 @@ class DecisionLog:
             The file cannot be written (a full disk, say).
         """
         try:
+            if not self.decisions:
+                self._file.truncate(0)
             self._file.write(decision.model_dump_json() + "\n")
             self._file.flush()
         except OSError as error:

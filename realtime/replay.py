@@ -139,7 +139,6 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
                 runner: Runner = Here(setup, options.encoder)
             else:
                 runner = Remote(setup, stack.enter_context(Client(options.connect)))
-        log.clear()
         recorder = Recorder(scan)
         troubles, maps_at = _stream(source, runner, scan, log, recorder, options, console)
         maps = runner.maps() if log.decisions else {}

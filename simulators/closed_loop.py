@@ -40,11 +40,13 @@ class Trace:
     stopped_at: int | None
     """n at which a stop was called."""
     truth: Float[np.ndarray, "voxel 2"]
+    began_s: float = 0.0
+    """When the first block began; before zero where its recovery was not played, the first state being that after it."""
 
     @property
     def ends_s(self) -> Float[np.ndarray, " image"]:
         """Scan time at which each image has been read (readouts take none)."""
-        return np.cumsum([block.duration_s for block in self.blocks])
+        return self.began_s + np.cumsum([block.duration_s for block in self.blocks])
 
     @property
     def relative_error(self) -> Float[np.ndarray, "image voxel 2"]:
@@ -88,6 +90,7 @@ def run(
     schedule: Sequence[SaturationBlock],
     choice: Fixed | Adaptive,
     *,
+    n_given: int = 1,
     until_stop: bool = False,
     until_area: float = 0.0,
 ) -> Trace:
@@ -96,9 +99,11 @@ def run(
     Parameters
     ----------
     schedule
-        The approved one; its first block is always played.
+        The approved one.
     choice
         Replaces blocks of it.
+    n_given
+        So many of its first blocks, at least one, are played whatever the choice is.
     until_stop
         End where all voxels may stop, by the scan's own rule; otherwise go on to the schedule's end.
     until_area
@@ -136,7 +141,8 @@ def run(
         if (until_stop and verdict.stop) or np.median(info.summary.cr_area) <= until_area:
             break
         if number + 1 < len(schedule):
-            block = advice.block if advice is not None and advice.block is not None else schedule[number + 1]
+            is_advised = advice is not None and advice.block is not None and number + 1 >= n_given
+            block = advice.block if is_advised else schedule[number + 1]  # type: ignore[union-attr]
     return Trace(
         blocks=blocks,
         area=np.stack([summary.cr_area for summary in infos]),
@@ -148,6 +154,7 @@ def run(
         vetoed=vetoes,
         stopped_at=state.would_stop_at,
         truth=truth,
+        began_s=0.0 if scene.true.first_state.n_dummies else -blocks[0].t_rec_s,
     )
 
 

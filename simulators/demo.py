@@ -67,7 +67,6 @@ def run_demo(out: Path, console: Console | None = None, *, scan: Scan | None = N
         phantom = three_vials(scan)
         with Client(endpoint, timeout_s=20.0) as client, DecisionLog(out / "decisions.jsonl") as log:
             session_id = _open_session(client, scan, phantom)
-            log.clear()
             magnet = _wait_until_ready(client, session_id, scan, phantom, console)
             _scan(client, endpoint, session_id, scan, magnet, log, console, speed)
             maps = client.maps(session_id)

@@ -33,7 +33,7 @@ N_TRIALS = 24
 N_TRIED = 4
 """Of each horizon's optimised schedules, how many are tried there."""
 N_EARLY = 4
-"""Of each horizon's best schedule, the images that steering might begin with."""
+"""Of each horizon's best schedule, the images that steering might begin with; of the best of all, one more than steering might leave as they are."""
 N_RESTARTS_ORACLE = 1
 N_BOOTSTRAP = 2000
 
@@ -93,7 +93,7 @@ def _compare(study: Study, repeats: int, n_restarts: int, pool: ThreadPoolExecut
         "published": lambda scene, rng: approved,
         "random": lambda scene, rng: schedules.random(study.prospect, len(approved), rng),
         "optimised": lambda scene, rng: before.optimised,
-        "adaptive": lambda scene, rng: before.steered,
+        "adaptive": lambda scene, rng: [*before.begin, *before.optimised[len(before.begin) :]],
         "oracle": lambda scene, rng: _oracle(study, scene, len(approved), before.horizon, rng),
     }
 
@@ -101,7 +101,7 @@ def _compare(study: Study, repeats: int, n_restarts: int, pool: ThreadPoolExecut
         scene = world.digital(study.scan, N_VOXELS, (study.seed, number))
         schedule = make[name](scene, np.random.default_rng((study.seed, number, 3)))
         choice = closed_loop.Adaptive(study.follower, study.prospect, scene) if name == "adaptive" else closed_loop.Fixed()
-        return closed_loop.run(scene, study.follower, study.prospect, schedule, choice)
+        return closed_loop.run(scene, study.follower, study.prospect, schedule, choice, n_given=len(before.begin))
 
     return {name: _all(partial(one, name), range(repeats), f"phantoms, {name}", pool, progress) for name in make}
 
@@ -113,42 +113,55 @@ class Beforehand(NamedTuple):
     """The fixed schedule that comes down to the target soonest."""
     horizon: float
     """Over which it was optimised."""
-    steered: list[SaturationBlock]
-    """What steering begins with, and falls back to."""
+    begin: list[SaturationBlock]
+    """What steering begins with: one image, or a few."""
 
 
 def beforehand(study: Study, n_restarts: int, pool: ThreadPoolExecutor, progress: Progress) -> Beforehand:
-    """The best fixed schedule, and the best image to begin to steer with: each by trial, on phantoms that are none of the study's."""
+    """The best fixed schedule, and the best way to begin to steer: each by trial, on phantoms that are none of the study's.
+
+    The schedule with the least images times seconds, neither counting for more; beside it, the beginning that saves most of what it saves least of.
+    """
     by_horizon = _optimised(study, n_restarts, progress)
     made = [(horizon, schedule) for horizon, each in by_horizon.items() for schedule in each[:N_TRIED]]
-    begins = _begins(study.prospect, [each[0] for each in by_horizon.values()])
-    task = progress.add_task("try schedules and first images", total=N_TRIALS)
     scenes = [world.solution(study.scan, N_VOXELS, (study.seed, 30_000 + number)) for number in range(N_TRIALS)]
+    targets = [target for target, _ in pool.map(partial(to_target, study), scenes)]
+    fixed = _tried(study, [(schedule, len(schedule)) for _, schedule in made], scenes, targets, pool, progress)
+    best = int(np.argmin(np.prod(fixed, axis=1)))
+    horizon, optimised = made[best]
+    begins = _begins(study.prospect, optimised, [each[0] for each in by_horizon.values()])
+    steered = _tried(study, [([*begin, *optimised[len(begin) :]], len(begin)) for begin in begins], scenes, targets, pool, progress)
+    return Beforehand(optimised, horizon, begins[int(np.argmin(np.max(steered / fixed[best], axis=1)))])
 
-    def tried(scene: Scene) -> list[Reached]:
-        target, _ = to_target(study, scene)
-        scan_to = partial(until_target, study, scene, target)
-        found = [scan_to(schedule, steered=False) for _, schedule in made]
-        found += [scan_to([first, *schedules.published(study.scan)], steered=True) for first in begins]
+
+def _begins(prospect: Prospect, best: list[SaturationBlock], made: Sequence[list[SaturationBlock]]) -> list[list[SaturationBlock]]:
+    """Beginnings to try: the shortest unsaturated image, an early one of a good schedule, and the best schedule's own."""
+    begun = prospect.begin()
+    limits = prospect.scan.limits
+    shortest = {} if begun.played else {"t_rec_s": limits.t_rec_s.lower}  # no recovery is played before it
+    singles = [schedules.unsaturated(prospect.scan).model_copy(update={"t_sat_s": limits.t_sat_s.lower})]
+    singles += [block for schedule in made for block in schedule[:N_EARLY]]
+    alone = dict.fromkeys(block.model_copy(update=shortest) for block in singles)
+    return [[block] for block in alone if prospect.may_follow(begun, block)] + [best[:n] for n in range(1, N_EARLY)]
+
+
+def _tried(
+    study: Study,
+    ways: Sequence[tuple[list[SaturationBlock], int]],
+    scenes: Sequence[Scene],
+    targets: Sequence[float],
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> Float[np.ndarray, "way 2"]:
+    """Mean images and seconds to the targets of schedules of which so many images are played before they are steered."""
+    task = progress.add_task("try them", total=len(ways))
+
+    def one(way: tuple[list[SaturationBlock], int]) -> np.ndarray:
+        found = [_reached(until_target(study, *each, *way), each[1]) for each in zip(scenes, targets, strict=True)]
         progress.advance(task)
-        return [_reached(trace, target) for trace in found]
+        return np.mean([(each.images, each.seconds) for each in found], axis=0)
 
-    prices = _prices(list(pool.map(tried, scenes)))
-    horizon, best = made[int(np.argmin(prices[: len(made)]))]
-    first = begins[int(np.argmin(prices[len(made) :]))]
-    return Beforehand(best, horizon, [first, *best[1:]])
-
-
-def _begins(prospect: Prospect, made: Sequence[Sequence[SaturationBlock]]) -> list[SaturationBlock]:
-    """First images to try: the shortest unsaturated one, and the early ones of good schedules; without their recovery, which a first image skips."""
-    shortest = {"t_rec_s": prospect.scan.limits.t_rec_s.lower}
-    early = [block.model_copy(update=shortest) for schedule in made for block in schedule[:N_EARLY]]
-    return [block for block in dict.fromkeys([prospect.candidates.block(0), *early]) if prospect.may_follow(prospect.begin(), block)]
-
-
-def _prices(tried: Sequence[Sequence[Reached]]) -> Float[np.ndarray, " way"]:
-    """Mean images times mean seconds to the target of each way of scanning: neither counts for more; phantom by phantom, way by way."""
-    return np.mean([[each.images for each in ways] for ways in tried], axis=0) * np.mean([[each.seconds for each in ways] for ways in tried], axis=0)
+    return np.stack(list(pool.map(one, ways)))
 
 
 def to_target(study: Study, scene: Scene) -> tuple[float, Trace]:
@@ -157,10 +170,10 @@ def to_target(study: Study, scene: Scene) -> tuple[float, Trace]:
     return float(np.median(trace.area[-1])), trace
 
 
-def until_target(study: Study, scene: Scene, target: float, schedule: Sequence[SaturationBlock], *, steered: bool) -> Trace:
-    """Scan until as much is known."""
-    choice = closed_loop.Adaptive(study.follower, study.prospect, scene) if steered else closed_loop.Fixed()
-    return closed_loop.run(scene, study.follower, study.prospect, schedule, choice, until_area=target)
+def until_target(study: Study, scene: Scene, target: float, schedule: Sequence[SaturationBlock], n_given: int) -> Trace:
+    """Scan until as much is known, and steer after so many images of the schedule."""
+    choice = closed_loop.Adaptive(study.follower, study.prospect, scene) if n_given < len(schedule) else closed_loop.Fixed()
+    return closed_loop.run(scene, study.follower, study.prospect, schedule, choice, n_given=n_given, until_area=target)
 
 
 def _optimised(study: Study, n_restarts: int, progress: Progress) -> dict[float, list[list[SaturationBlock]]]:
@@ -168,7 +181,7 @@ def _optimised(study: Study, n_restarts: int, progress: Progress) -> dict[float,
     task = progress.add_task("optimise schedules", total=n_restarts * len(schedules.HORIZONS))
     scenes = [world.from_priors(study.scan, N_VOXELS, (study.seed, 10_000 + number)) for number in range(-(-N_DRAWS // N_VOXELS))]
     draws = schedules.draws_at(study.prospect, np.concatenate([_shares(scene) for scene in scenes]), _relative_noise(scenes))
-    rng, n_images, advance = np.random.default_rng((study.seed, 2)), len(study.scan.schedule) + 1, partial(progress.advance, task)
+    rng, n_images, advance = np.random.default_rng((study.seed, 40_000)), len(study.scan.schedule) + 1, partial(progress.advance, task)
     return {horizon: schedules.optimise(study.prospect, draws, n_images, rng, n_restarts, horizon, advance) for horizon in schedules.HORIZONS}
 
 
@@ -293,7 +306,7 @@ def of_world(traces: Sequence[Trace], n_planned: int) -> dict[str, Any]:
 def _ratio(reached: dict[str, list[Reached]], what: str, seed: int, other: str) -> dict[str, float]:
     """Mean over mean, and the upper 95 % bound of a bootstrap over phantoms (pairs are kept)."""
     ours, theirs = (np.array([getattr(each, what) for each in reached[name]], float) for name in ("adaptive", other))
-    picks = np.random.default_rng((seed, 4)).integers(len(ours), size=(N_BOOTSTRAP, len(ours)))
+    picks = np.random.default_rng((seed, 40_001)).integers(len(ours), size=(N_BOOTSTRAP, len(ours)))
     bootstrapped = ours[picks].mean(axis=1) / theirs[picks].mean(axis=1)
     return {"ratio": float(ours.mean() / theirs.mean()), "upper_95": float(np.quantile(bootstrapped, 0.95))}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from scansteer.core import signal
 from scansteer.protocols import tissue_model
-from scansteer.protocols.scan import Parameter, Pool, Range, SaturationBlock, Scan, bounds
+from scansteer.protocols.scan import Auxiliary, Parameter, Pool, Range, SaturationBlock, Scan, bounds
 
 NOISE = 0.005
 """Standard deviation of one pixel's noise over the brightest M0."""
@@ -143,7 +143,7 @@ def solution(scan: Scan, n_voxels: int, seed: tuple[int, ...]) -> Scene:
     (The published vials lie within 0.02 and 0.07 of their mean.)
     """
     rng = np.random.default_rng(seed)
-    shares = {name: np.full(n_voxels, _share(each, _draw(each, 1, rng)[0])) for name, each in scan.parameters.items()}
+    shares = {name: np.full(n_voxels, _drawn_share(each, 1, rng)[0]) for name, each in scan.parameters.items()}
     return _about(scan, shares, 0.1, n_voxels, seed, rng)
 
 
@@ -153,20 +153,16 @@ def assortment(scan: Scan, n_voxels: int, seed: tuple[int, ...]) -> Scene:
     return _about(scan, shares, 0.4, n_voxels, seed, np.random.default_rng(seed))
 
 
-def _share(span: Parameter, value: float) -> float:
-    return (value - span.lower) / (span.upper - span.lower)
-
-
 def _about(
     scan: Scan, shares: Mapping[str, np.ndarray], scatter: float, n_voxels: int, seed: tuple[int, ...], rng: np.random.Generator
 ) -> Scene:
-    """Voxels whose quantities scatter about given places in their ranges (0: lower, 1: upper); of the others the whole range is drawn from."""
+    """Voxels whose quantities scatter about given places in their ranges (0: lower, 1: upper); the others lie anywhere in theirs."""
     spans = {**scan.parameters, **scan.auxiliaries}
     middle = np.full(n_voxels, 0.5)
     placed = {
-        name: np.clip(shares.get(name, middle) + (scatter if name in shares else 0.5) * rng.uniform(-1, 1, n_voxels), 0.01, 1) for name in spans
+        name: np.clip(shares.get(name, middle) + (scatter if name in shares else 0.5) * rng.uniform(-1, 1, n_voxels), 0.01, 0.99) for name in spans
     }
-    return _scene(scan, {name: span.lower + placed[name] * (span.upper - span.lower) for name, span in spans.items()}, seed, rng)
+    return _scene(scan, {name: _at(span, placed[name]) for name, span in spans.items()}, seed, rng)
 
 
 def of_tissue(scan: Scan, tissue: str, seed: tuple[int, ...]) -> Scene:
@@ -199,10 +195,19 @@ def _scene(scan: Scan, values: dict[str, np.ndarray], seed: tuple[int, ...], rng
 
 
 def _draw(parameter: Parameter, n: int, rng: np.random.Generator) -> np.ndarray:
-    if parameter.prior == "log-uniform":
-        return np.exp(rng.uniform(np.log(parameter.lower), np.log(parameter.upper), n))
-    share = rng.beta(2, 2, n) if parameter.prior == "beta" else rng.uniform(size=n)
-    return parameter.lower + share * (parameter.upper - parameter.lower)
+    return _at(parameter, _drawn_share(parameter, n, rng))
+
+
+def _drawn_share(parameter: Parameter, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Places in its range, 0 .. 1, as its prior has them."""
+    return rng.beta(2, 2, n) if parameter.prior == "beta" else rng.uniform(size=n)
+
+
+def _at(span: Parameter | Auxiliary, share: np.ndarray) -> np.ndarray:
+    """The value at a place in a range; even in the logarithm where the prior is."""
+    if isinstance(span, Parameter) and span.prior == "log-uniform":
+        return span.lower * (span.upper / span.lower) ** share
+    return span.lower + share * (span.upper - span.lower)
 
 
 def _measured(scan: Scan, name: str, true: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -96,6 +96,22 @@ def test_a_known_nuisance_shift_equals_columns_moved_by_it():
     np.testing.assert_allclose(shifted.amplitude, centred.amplitude, rtol=1e-3)
 
 
+def test_voxels_of_unlike_brightness_share_the_mean_of_the_amplitudes_that_they_imply():
+    """Against linear algebra, cell by cell: ridge and variance are those of the block's mean signal."""
+    columns, measured = example(n_nuisances=3)
+    measured = measured * np.array([0.6, 1.0, 1.3])
+    fit = FIT(absorbed(columns, measured), noise(discrepancy=0.01))
+    for cell in range(N_CELLS):
+        f, x = columns[:, 0, cell], columns[:, 1:, cell]
+        implied = (f @ measured.mean(axis=1) / (f @ f)) ** 2
+        variance = 4.0**2 + 0.01**2 * implied
+        without = np.eye(N_IMAGES) - x @ np.linalg.solve(x.T @ x + variance / implied * np.eye(3), x.T)
+        amplitude = f @ without @ measured / (f @ without @ f)
+        rest = measured - f[:, None] * amplitude
+        np.testing.assert_allclose(fit.amplitude[cell], amplitude, rtol=1e-5)  # float32
+        np.testing.assert_allclose(fit.residual[cell], np.einsum("iv,ij,jv->v", rest, without, rest), rtol=1e-4)
+
+
 def test_unknown_noise_widens_the_likelihood():
     columns, measured = example(sigma=4.0)
     sums = absorbed(columns, measured)

@@ -87,6 +87,8 @@ def test_replay_leaves_decisions_maps_summary_and_report(monkeypatch, capsys, fo
     (tmp_path / "decisions.jsonl").write_text("of an earlier replay")
     write_maps(tmp_path / "maps_003", {"fs_map": np.ones((1, 24, 20))}, Geometry((20, 24, 1)), {}, 3)
     (tmp_path / "maps_003" / "t1_map.nii.gz").write_bytes(b"the user's own")
+    ours = nibabel.load(tmp_path / "maps_003" / "fs_map.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(2 * ours.get_fdata(dtype=np.float32), ours.affine, ours.header), tmp_path / "maps_003" / "fs_map_twice.nii.gz")
     nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2), np.float32), np.eye(4)), tmp_path / "maps_003" / "b1_map.nii.gz")
     code, _, _ = run(monkeypatch, capsys, "replay", folder / "good.h5", "--scan", folder / "small.yaml", "--out", tmp_path, "--maps-at", "2")
     assert code == 0
@@ -97,7 +99,7 @@ def test_replay_leaves_decisions_maps_summary_and_report(monkeypatch, capsys, fo
     said = {warning for decision in decisions for warning in decision["warnings"]}
     assert any("direction cosines" in warning for warning in said)
     assert said <= set(summary["warnings"])
-    assert {file.name for file in (tmp_path / "maps_003").iterdir()} == {"t1_map.nii.gz", "b1_map.nii.gz"}
+    assert {file.name for file in (tmp_path / "maps_003").iterdir()} == {"t1_map.nii.gz", "b1_map.nii.gz", "fs_map_twice.nii.gz"}
     for place in ("maps", "maps_002"):
         image = nibabel.load(tmp_path / place / "fs_map.nii.gz")
         assert image.shape[:2] == (24, 20)

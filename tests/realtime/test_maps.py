@@ -1,5 +1,6 @@
 """Maps: NIfTI in and out without flips, units, and other geometries refused."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from scansteer.core.errors import InputError
 from scansteer.realtime.images import Geometry
-from scansteer.realtime.maps import from_file, read_volume, write_volume
+from scansteer.realtime.maps import from_file, is_ours, read_volume, write_volume
 
 PLACED = Geometry((5, 3, 2), (50.0, 30.0, 8.0), (1.0, 2.0, 3.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 UNPLACED = Geometry((5, 3, 2), (50.0, 30.0, 8.0))
@@ -65,3 +66,14 @@ def test_files_that_are_not_nifti_are_refused(tmp_path: Path) -> None:
         read_volume(tmp_path / "cut.nii.gz", UNPLACED)
     with pytest.raises(InputError, match=r"Unknown auxiliary map 't3'; known are t1 \[ms\]"):
         from_file("t3", tmp_path / "whole.nii.gz", UNPLACED)
+
+
+def test_only_what_was_written_under_a_name_is_ours(tmp_path: Path) -> None:
+    write_volume(tmp_path / "fs_map.nii.gz", np.ones((1, 3, 2)), Geometry((2, 3, 1)), "fs_map", {})
+    written = gzip.decompress((tmp_path / "fs_map.nii.gz").read_bytes())
+    (tmp_path / "copy.nii.gz").write_bytes(gzip.compress(written))
+    (tmp_path / "odd.nii.gz").write_bytes(gzip.compress(written[:70] + b"\xff\x7f" + written[72:]))  # a data type that there is not
+    (tmp_path / "torn.nii.gz").write_bytes(written[:100])
+    assert {path.name for path in tmp_path.iterdir() if is_ours(path)} == {"fs_map.nii.gz"}
+    with pytest.raises(InputError, match="odd"):
+        read_volume(tmp_path / "odd.nii.gz", Geometry((2, 3, 1)))

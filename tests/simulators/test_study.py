@@ -109,31 +109,28 @@ def test_a_world_is_judged_by_what_lies_outside_when_it_stops():
     assert study.of_world([traces[2]], 10)["coverage_at_stop"] is None
 
 
-def test_of_ways_to_scan_neither_images_nor_seconds_count_for_more():
-    few, many = study.Reached(4, 30.0, (0, 0), True), study.Reached(5, 20.0, (0, 0), True)
-    assert list(study._prices([[few, many], [few, many]])) == [120.0, 100.0]
-
-
 def test_what_is_settled_beforehand_is_the_best_of_what_was_tried(prospect, follower, monkeypatch):
-    """Of two schedules the one that comes down sooner, and of the first images the one with which steering does; on phantoms of their own."""
+    """Of the schedules the one that comes down soonest, and of the beginnings that with which steering does; on phantoms of their own."""
     soon, late = [SCAN.schedule[index] for index in (0, 2)]
-    unsaturated = prospect.candidates.block(0)
-    seen = []
+    unsaturated = schedules.unsaturated(SCAN).model_copy(update={"t_sat_s": 0.5})
+    tried = []
 
-    def until_target(_study, scene, _target, schedule, *, steered):
-        seen.append(scene.seed)
-        n = {soon: 1, late: 2, unsaturated: 1 if steered else 3}[schedule[0]] + steered
+    def until_target(_study, scene, _target, schedule, n_given):
+        tried.append((scene.seed[1], *schedule[:n_given]))
+        as_it_is, good_beginning = n_given == len(schedule), (n_given, schedule[:2]) == (2, [soon, late])
+        n = {soon: 2, late: 5, unsaturated: 4}[schedule[0]] if as_it_is else 3 - 2 * good_beginning
         return a_trace([8.0] * n + [1.0], [0] * (n + 1))
 
+    made = {8.0: [[late] * 4], 5.0: [[unsaturated, *[late] * 3], [soon, *[late] * 3]]}
     monkeypatch.setattr(study, "N_TRIALS", 3)
-    monkeypatch.setattr(study, "_optimised", lambda *_: {8.0: [[late, late]], 5.0: [[unsaturated, late], [soon, late]]})
+    monkeypatch.setattr(study, "_optimised", lambda *_: made)
     monkeypatch.setattr(study, "to_target", lambda *_: (2.0, None))
     monkeypatch.setattr(study, "until_target", until_target)
     with Progress(disable=True) as progress, ThreadPoolExecutor(1) as pool:
         found = study.beforehand(study.Study(SCAN, prospect, follower, 0), 1, pool, progress)
-    assert (found.horizon, found.optimised) == (5.0, [soon, late])
-    assert found.steered == [unsaturated, late]
-    assert {seed for _, seed in seen} == {30_000, 30_001, 30_002}
+    assert found == study.Beforehand([soon, *[late] * 3], 5.0, [soon, late])
+    assert {seed for seed, *_ in tried} == {30_000, 30_001, 30_002}
+    assert {tuple(begin) for _, *begin in tried if len(begin) < 4} == {(unsaturated,), (late,), (soon,), (soon, late), (soon, late, late)}
 
 
 def test_vials_of_one_solution_are_alike_and_phantoms_are_not():
@@ -197,7 +194,23 @@ def test_a_loop_stops_where_its_voxel_has_converged_and_suggests_until_then(pros
     assert all(advice.block is not None for advice in trace.advice)
     assert trace.blocks[0] == approved[0]
     assert trace.blocks[1:] == [advice.block for advice in trace.advice[:-1]]
-    assert trace.ends_s[-1] == pytest.approx(sum(block.duration_s for block in trace.blocks))
+    assert trace.ends_s[-1] == pytest.approx(sum(block.duration_s for block in trace.blocks) - trace.blocks[0].t_rec_s)
+
+
+def test_a_recovery_that_is_not_played_takes_no_time(prospect, follower):
+    """The first image's: the first state is that after it."""
+    scene, schedule = world.digital(SCAN, 1, (3, 3)), schedules.published(SCAN)[:2]
+    waiting = [schedule[0].model_copy(update={"t_rec_s": 9.0}), schedule[1]]
+    ends = [closed_loop.run(scene, follower, prospect, each, closed_loop.Fixed()).ends_s for each in (schedule, waiting)]
+    np.testing.assert_allclose(ends, [[3.0, 7.0]] * 2)
+
+
+def test_a_loop_leaves_as_many_images_as_they_are_as_is_asked(prospect, follower):
+    scene, schedule = world.digital(SCAN, 1, (3, 3)), schedules.published(SCAN)
+    choice = closed_loop.Adaptive(follower, prospect, scene)
+    trace = closed_loop.run(scene, follower, prospect, schedule, choice, n_given=3)
+    assert trace.blocks[:3] == schedule[:3]
+    assert trace.blocks[3:] == [advice.block for advice in trace.advice[2:-1]]
 
 
 def test_a_loop_goes_on_while_what_was_not_measured_may_lie_beyond_its_range(prospect, follower, monkeypatch):
