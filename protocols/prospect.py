@@ -33,8 +33,7 @@ TIE = 0.03
 TIE_REFERENCE = 0.5
 """The same for an unsaturated image while none has been played."""
 HASTE = 0.25
-"""An image costs its duration to this power: 0 counts images, 1 counts seconds. With 0.5 steering the mouse takes a tenth more images and a
-tenth less time (benchmarks/promises.md)."""
+"""An image costs its duration to this power: 0 counts images, 1 counts seconds. What other powers do: benchmarks/promises.md."""
 
 FARTHEST = 10.0
 """Two pulses are never less alike (`candidates.distances`)."""
