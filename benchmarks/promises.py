@@ -354,7 +354,8 @@ def _steered_or_not(shared: study.Study, before: study.Beforehand, scene: world.
     return {
         "published": published,
         "optimised": scanned(before.optimised, len(before.optimised)),
-        "adaptive": scanned([*before.begin, *before.optimised[len(before.begin) :]], len(before.begin)),
+        "adaptive": scanned(before.steered, len(before.begin)),
+        **{f"d_optimal_{horizon:g}": scanned(schedule, len(schedule)) for horizon, schedule in before.d_optimal.items()},
     }
 
 

@@ -18,7 +18,7 @@ wide phantom's ranges, at steered pulses, these two products are 0.5 % of M0 rms
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import reduce
+from functools import cache, reduce
 from itertools import product
 from typing import NamedTuple
 
@@ -170,10 +170,15 @@ def _chebyshev_nodes(n: int) -> Float[np.ndarray, " node"]:
 
 def _lagrange(n_nodes: int, x: Float[np.ndarray, " x"]) -> list[Float[np.ndarray, "x node"]]:
     """Lagrange basis polynomials of the Chebyshev nodes, and their first and second derivatives, at x in -1 .. 1."""
+    return [np.polynomial.chebyshev.chebval(x, each).T.reshape(len(x), n_nodes) for each in _basis(n_nodes)]
+
+
+@cache
+def _basis(n_nodes: int) -> list[Float[np.ndarray, "power node"]]:
+    """Chebyshev coefficients of these polynomials (column j: that of node j), and of their derivatives."""
     cheb = np.polynomial.chebyshev
-    polynomials = np.linalg.inv(cheb.chebvander(_chebyshev_nodes(n_nodes), n_nodes - 1))  # column j: basis polynomial j
-    derivatives = [polynomials, *(cheb.chebder(polynomials, order) for order in (1, 2))]
-    return [cheb.chebval(x, each).T.reshape(len(x), n_nodes) for each in derivatives]
+    polynomials = np.linalg.inv(cheb.chebvander(_chebyshev_nodes(n_nodes), n_nodes - 1))
+    return [polynomials, *(cheb.chebder(polynomials, order) for order in (1, 2))]
 
 
 def _outer(factors: Sequence[Float[np.ndarray, " node_i"]]) -> Float[np.ndarray, " node"]:

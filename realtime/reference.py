@@ -140,7 +140,7 @@ class Reference:
         """
         n_voxels = len(brightness)
         n_blocks = -(-n_voxels // BLOCK)
-        block_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.empty(BLOCK)))
+        block_bytes = self._block_bytes()
         if n_blocks * block_bytes > MAX_BYTES:
             raise InputError(
                 f"The region has {n_voxels} voxels, the reference posterior holds at most {BLOCK * (MAX_BYTES // block_bytes)} of this scan; "
@@ -151,7 +151,7 @@ class Reference:
         self._where = np.empty(n_voxels, int)
         self._where[self._place.reshape(-1)] = np.arange(self._place.size)
         members = [{name: values[place] for name, values in used.items()} for place in self._place]
-        described = [self.linearised(each) for each in members]
+        described = [self.linearised(each) for each in members] if used else [self.linearised({})] * n_blocks
         self._measured_in = [each.measured for each in described]
         self._weights = [each.weights for each in described]
         self._shifts = [each.shift for each in described]
@@ -161,8 +161,7 @@ class Reference:
 
     def reserve(self, n_voxels: int) -> None:
         """Hold memory for so many voxels before the first image says how many there are: fresh memory costs as much as an update."""
-        block_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.empty(BLOCK)))
-        n_blocks = min(-(-n_voxels // BLOCK), RESERVED_BYTES // block_bytes)
+        n_blocks = min(-(-n_voxels // BLOCK), RESERVED_BYTES // self._block_bytes())
         self._spare = jax.block_until_ready([self.empty(BLOCK) for _ in range(n_blocks)])
 
     def absorb(self, expected: Float[jax.Array, "node point"], signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate) -> Info:
@@ -234,6 +233,10 @@ class Reference:
     def empty(self, n_voxels: int, box: Box | None = None) -> Sums:
         """Running sums without any image, on the same lattice as `columns`."""
         return likelihood.init(n_voxels, self._n_mixture, len(self._coefficients) + 1, (box or self.prior.box).n_cells)
+
+    def _block_bytes(self) -> int:
+        """Of a block's running sums."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.empty(BLOCK))))
 
     def clipped(self, name: str, values: np.ndarray) -> np.ndarray:
         """An auxiliary's values, within its range."""

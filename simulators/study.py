@@ -93,7 +93,7 @@ def _compare(study: Study, repeats: int, n_restarts: int, pool: ThreadPoolExecut
         "published": lambda scene, rng: approved,
         "random": lambda scene, rng: schedules.random(study.prospect, len(approved), rng),
         "optimised": lambda scene, rng: before.optimised,
-        "adaptive": lambda scene, rng: [*before.begin, *before.optimised[len(before.begin) :]],
+        "adaptive": lambda scene, rng: before.steered,
         "oracle": lambda scene, rng: _oracle(study, scene, len(approved), before.horizon, rng),
     }
 
@@ -115,6 +115,13 @@ class Beforehand(NamedTuple):
     """Over which it was optimised."""
     begin: list[SaturationBlock]
     """What steering begins with: one image, or a few."""
+    d_optimal: dict[float, list[SaturationBlock]]
+    """The best of each horizon by the objective alone, before any trial."""
+
+    @property
+    def steered(self) -> list[SaturationBlock]:
+        """The schedule that steering departs from after its beginning."""
+        return _begun(self.begin, self.optimised)
 
 
 def beforehand(study: Study, n_restarts: int, pool: ThreadPoolExecutor, progress: Progress) -> Beforehand:
@@ -130,8 +137,13 @@ def beforehand(study: Study, n_restarts: int, pool: ThreadPoolExecutor, progress
     best = int(np.argmin(np.prod(fixed, axis=1)))
     horizon, optimised = made[best]
     begins = _begins(study.prospect, optimised, [each[0] for each in by_horizon.values()])
-    steered = _tried(study, [([*begin, *optimised[len(begin) :]], len(begin)) for begin in begins], scenes, targets, pool, progress)
-    return Beforehand(optimised, horizon, begins[int(np.argmin(np.max(steered / fixed[best], axis=1)))])
+    steered = _tried(study, [(_begun(begin, optimised), len(begin)) for begin in begins], scenes, targets, pool, progress)
+    begin = begins[int(np.argmin(np.max(steered / fixed[best], axis=1)))]
+    return Beforehand(optimised, horizon, begin, {each: found[0] for each, found in by_horizon.items()})
+
+
+def _begun(begin: list[SaturationBlock], schedule: list[SaturationBlock]) -> list[SaturationBlock]:
+    return [*begin, *schedule[len(begin) :]]
 
 
 def _begins(prospect: Prospect, best: list[SaturationBlock], made: Sequence[list[SaturationBlock]]) -> list[list[SaturationBlock]]:
@@ -264,7 +276,8 @@ def compared(traces: dict[str, list[Trace]], seed: int) -> dict[str, Any]:
     reached = {name: [_reached(trace, target) for trace, target in zip(each, targets, strict=True)] for name, each in traces.items()}
     ratios = {
         f"adaptive_over_{other}": {what: _ratio(reached, what, seed, other) for what in ("images", "seconds")}
-        for other in ("optimised", "published")
+        for other in traces
+        if other not in ("adaptive", "random", "oracle")
     }
     return {
         "schedules": {name: _of_schedule(traces[name], each) for name, each in reached.items()},

@@ -128,7 +128,8 @@ def test_what_is_settled_beforehand_is_the_best_of_what_was_tried(prospect, foll
     monkeypatch.setattr(study, "until_target", until_target)
     with Progress(disable=True) as progress, ThreadPoolExecutor(1) as pool:
         found = study.beforehand(study.Study(SCAN, prospect, follower, 0), 1, pool, progress)
-    assert found == study.Beforehand([soon, *[late] * 3], 5.0, [soon, late])
+    assert found == study.Beforehand([soon, *[late] * 3], 5.0, [soon, late], {8.0: made[8.0][0], 5.0: made[5.0][0]})
+    assert found._replace(begin=[unsaturated]).steered == [unsaturated, *[late] * 3]
     assert {seed for seed, *_ in tried} == {30_000, 30_001, 30_002}
     assert {tuple(begin) for _, *begin in tried if len(begin) < 4} == {(unsaturated,), (late,), (soon,), (soon, late), (soon, late, late)}
 
