@@ -110,52 +110,74 @@ def run(
         End also where the voxels' median confidence-region area has come down to this.
     """
     scanner, course = Scanner(scene), prospect.begin()
-    followed = follower.begin(dict(scene.maps), scene.n_voxels)
-    noise = _measured_noise(scene)
-    rule = session.rule_of(scene.described)._replace(asks_operator=False)  # an operator who agrees at once
-    state, record = stopping.init(), lack_of_fit.init()
-    truth, images, block = scene.truth, [], schedule[0]
-    infos, places, blocks, advices, vetoes = [], [], [], [], []
-    for number in range(len(schedule)):
-        images.append(scanner.play(block))
-        if (foreseen := choice.foresee(course, block)) is not None:
-            record = lack_of_fit.update(record, prediction.surprise(foreseen, images[-1]))
-        followed, info = follower.absorb(followed, block, images[-1], noise)
-        course = prospect.play(course, block)
-        region = _region(rule, info)
-        meets_targets = not stopping.behind(rule, [region])
-        advice = choice.advise(number + 1, course, followed, info, until_stop and meets_targets)
-        fit = _fit(info, np.stack(images), noise, scene.described, record)
-        remaining = np.inf if advice is None else advice.remaining_gain
-        may_stop = meets_targets or stopping.is_futile(rule, remaining)
-        told = follower.told(advice.beyond) if advice is not None and may_stop else {}
-        fit = lack_of_fit.within_ranges(fit, told)
-        record = lack_of_fit.judged(record, fit, number + 1)
-        veto = lack_of_fit.doubtful(told) if fit.passed else "lack of fit"
-        state, verdict = stopping.update(rule, state, number + 1, [region], veto, remaining)
+    followed, judge = follower.begin(dict(scene.maps), scene.n_voxels), _Judge(scene, follower)
+    infos, places, blocks, advices, vetoes = [], [], [schedule[0]], [], []
+    while True:
+        image = scanner.play(blocks[-1])
+        judge.look(image, choice.foresee(course, blocks[-1]))
+        followed, info = follower.absorb(followed, blocks[-1], image, judge.noise)
+        course = prospect.play(course, blocks[-1])
+        advice = choice.advise(len(blocks), course, followed, info, until_stop and judge.meets_targets(info))
+        verdict, is_vetoed = judge.decide(info, advice)
         infos.append(info.summary)
-        places.append(follower.place(followed, info, truth))
-        blocks.append(block)
+        places.append(follower.place(followed, info, scene.truth))
         advices.append(advice)
-        vetoes.append(not fit.passed)
-        if (until_stop and verdict.stop) or np.median(info.summary.cr_area) <= until_area:
+        vetoes.append(is_vetoed)
+        if len(blocks) == len(schedule) or (until_stop and verdict.stop) or np.median(info.summary.cr_area) <= until_area:
             break
-        if number + 1 < len(schedule):
-            is_advised = advice is not None and advice.block is not None and number + 1 >= n_given
-            block = advice.block if is_advised else schedule[number + 1]  # type: ignore[union-attr]
+        advised = None if advice is None or len(blocks) < n_given else advice.block
+        blocks.append(advised or schedule[len(blocks)])
     return Trace(
         blocks=blocks,
         area=np.stack([summary.cr_area for summary in infos]),
         estimate=np.stack([summary.map for summary in infos]),
-        inside=np.stack([(truth >= summary.lower) & (truth <= summary.upper) for summary in infos]),
+        inside=np.stack([(scene.truth >= summary.lower) & (scene.truth <= summary.upper) for summary in infos]),
         credibility=np.stack([place.credibility for place in places]),
         log_ratio=np.stack([place.log_ratio for place in places]),
         advice=advices,
         vetoed=vetoes,
-        stopped_at=state.would_stop_at,
-        truth=truth,
+        stopped_at=judge.stopped_at,
+        truth=scene.truth,
         began_s=0.0 if scene.true.first_state.n_dummies else -blocks[0].t_rec_s,
     )
+
+
+class _Judge:
+    """The scan's own stop rule, and whether the model fits, over one course."""
+
+    def __init__(self, scene: Scene, follower: Follower) -> None:
+        self.noise = _measured_noise(scene)
+        self._scan, self._follower = scene.described, follower
+        self._rule = session.rule_of(self._scan)._replace(asks_operator=False)  # an operator who agrees at once
+        self._state, self._record = stopping.init(), lack_of_fit.init()
+        self._images: list[Float[np.ndarray, " voxel"]] = []
+
+    @property
+    def stopped_at(self) -> int | None:
+        """n at which a stop was called."""
+        return self._state.would_stop_at
+
+    def look(self, image: Float[np.ndarray, " voxel"], foreseen: Prediction | None) -> None:
+        """At an image before it is absorbed."""
+        if foreseen is not None:
+            self._record = lack_of_fit.update(self._record, prediction.surprise(foreseen, image))
+        self._images.append(image)
+
+    def meets_targets(self, info: Info) -> bool:
+        """Whether enough voxels are known as well as the scan asks."""
+        return not stopping.behind(self._rule, [_region(self._rule, info)])
+
+    def decide(self, info: Info, advice: Advice | None) -> tuple[stopping.Verdict, bool]:
+        """After an image was absorbed: the verdict, and whether the model does not fit."""
+        n = len(self._images)
+        remaining = np.inf if advice is None else advice.remaining_gain
+        may_stop = self.meets_targets(info) or stopping.is_futile(self._rule, remaining)
+        told = self._follower.told(advice.beyond) if advice is not None and may_stop else {}
+        fit = lack_of_fit.within_ranges(_fit(info, np.stack(self._images), self.noise, self._scan, self._record), told)
+        self._record = lack_of_fit.judged(self._record, fit, n)
+        veto = lack_of_fit.doubtful(told) if fit.passed else "lack of fit"
+        self._state, verdict = stopping.update(self._rule, self._state, n, [_region(self._rule, info)], veto, remaining)
+        return verdict, not fit.passed
 
 
 def _measured_noise(scene: Scene) -> NoiseEstimate:
