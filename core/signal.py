@@ -85,11 +85,6 @@ def equilibrium(tissue: Tissue) -> Float[Array, "pool *cell"]:
     return bm.equilibrium(tissue)
 
 
-def recovery_map(tissue: Tissue, duration: Float[Array, ""]) -> LongitudinalMap:
-    """Free relaxation and exchange of Mz over `duration` [s]."""
-    return _in_chunks(lambda cells, *_: _as_longitudinal(bm.free_longitudinal(cells, duration)), tissue)
-
-
 def saturation_map(tissue: Tissue, saturation: Saturation, train: Train) -> LongitudinalMap:
     """The map of Mz over one block: free recovery for t_rec, then saturation for t_sat.
 
