@@ -16,10 +16,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from scansteer.protocols.scan import Limits, SaturationBlock, Scan, Train
+from scansteer.protocols.scan import Limits, Range, SaturationBlock, Scan, Train
 
 WINDOWS_S = (10.0, 360.0)
 """Lengths of the sliding windows of `Limits.b1rms_10s_ut` and `Limits.b1rms_6min_ut` [s]."""
+_CEILINGS = ("b1rms_10s_ut", "b1rms_6min_ut")
+_RANGES = {"offset_ppm": "ppm", "t_sat_s": "s", "t_rec_s": "s"}
+"""With their units."""
 _ROUNDING = 1e-9
 
 
@@ -96,10 +99,8 @@ def allowed(
 def within_ranges(limits: Limits, train: Train, candidates: Blocks) -> Bool[np.ndarray, " block"]:
     """Amplitude, offset, times and duty cycle: what does not depend on the history."""
     inside = candidates.b1_ut <= limits.b1_max_ut * (1 + _ROUNDING)
-    for name in ("offset_ppm", "t_sat_s", "t_rec_s"):
-        values, box = getattr(candidates, name), getattr(limits, name)
-        slack = _ROUNDING * max(1.0, abs(box.lower), abs(box.upper))
-        inside &= (values >= box.lower - slack) & (values <= box.upper + slack)
+    for name in _RANGES:
+        inside &= _within(getattr(limits, name), getattr(candidates, name))
     rf_time = rf_fraction(train) * candidates.t_sat_s
     return inside & ((candidates.b1_ut == 0) | (rf_time <= limits.duty_cycle_max * candidates.duration_s * (1 + _ROUNDING)))
 
@@ -108,31 +109,33 @@ def largest_amplitude(
     limits: Limits, train: Train, history: Sequence[Played], timings: Float[np.ndarray, "timing 2"], start_s: float
 ) -> Float[np.ndarray, " timing"]:
     """Largest amplitude [uT] that the windows allow to a block of each timing (t_sat, t_rec) [s] that begins at `start_s`."""
+    return np.min(_largest_by_window(limits, train, history, timings, start_s), axis=1)
+
+
+def _largest_by_window(
+    limits: Limits, train: Train, history: Sequence[Played], timings: Float[np.ndarray, "timing 2"], start_s: float
+) -> Float[np.ndarray, "timing window"]:
     played = _RfHistory.of(train, history, after_s=start_s - max(WINDOWS_S))
-    ceilings = tuple(zip(WINDOWS_S, (limits.b1rms_10s_ut, limits.b1rms_6min_ut), strict=True))
+    windows = tuple(zip(WINDOWS_S, (getattr(limits, name) for name in _CEILINGS), strict=True))
     squares = [
-        min(_largest_square(played, _pulses(train, start_s + t_rec, t_sat), window, ceiling) for window, ceiling in ceilings)
-        for t_sat, t_rec in timings
+        [_largest_square(played, _pulses(train, start_s + t_rec, t_sat), window, ceiling) for window, ceiling in windows] for t_sat, t_rec in timings
     ]
-    return np.sqrt(np.maximum(squares, 0.0))
+    return np.sqrt(np.maximum(np.reshape(squares, (-1, len(windows))), 0.0))
 
 
 def check_schedule(scan: Scan) -> list[str]:
-    """What a scan's own schedule would exceed, one sentence each; empty when all is well.
+    """What of a scan's own schedule lies outside its limits: of each repetition the first such limit and the value, no full stop; empty: nothing.
 
     Dummies count; pauses for readouts, which would only help, do not.
     """
-    limits, said = scan.limits, []
-    inside = within_ranges(limits, scan.train, blocks(scan.schedule))
     dummies = (scan.schedule[0],) * scan.first_state.n_dummies
     history = back_to_back((*dummies, *scan.schedule))
+    said = []
     for number, block in enumerate(scan.schedule):
-        named = f"Block {number} of {scan.name!r} ({_named(block)})"
-        most = _most_for(limits, scan.train, history[: len(dummies) + number], block)
-        if not inside[number]:
-            said.append(f"{named} lies outside the scan's limits of amplitude, offset, time or duty cycle.")
-        elif block.b1_ut > most * (1 + _ROUNDING):
-            said.append(f"{named} exceeds a B1rms window, which allows {most:.2f} uT after what is played before it.")
+        before = history[: len(dummies) + number]
+        complaint = _range_left(scan.limits, scan.train, block) or _window_exceeded(scan.limits, scan.train, before, block)
+        if complaint is not None:
+            said.append(f"repetition {number} ({_named(block)}) {complaint}")
     return said
 
 
@@ -197,9 +200,34 @@ def _timings(candidates: Blocks) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([distinct.real, distinct.imag], axis=1), place
 
 
-def _most_for(limits: Limits, train: Train, before: Sequence[Played], block: SaturationBlock) -> float:
+def _within(box: Range, values: np.ndarray) -> np.ndarray:
+    slack = _ROUNDING * max(1.0, abs(box.lower), abs(box.upper))
+    return (values >= box.lower - slack) & (values <= box.upper + slack)
+
+
+def _range_left(limits: Limits, train: Train, block: SaturationBlock) -> str | None:
+    """The first limit, of those that do not depend on the history, that a block leaves; None where `within_ranges` has it inside."""
+    if within_ranges(limits, train, blocks([block]))[0]:
+        return None
+    if block.b1_ut > limits.b1_max_ut * (1 + _ROUNDING):
+        return f"has {block.b1_ut:g} uT, above limits.b1_max_ut = {limits.b1_max_ut:g} uT"
+    for name, unit in _RANGES.items():
+        box, value = getattr(limits, name), getattr(block, name)
+        if not _within(box, value):
+            return f"has {name} = {value:g} {unit}, outside limits.{name} = {box.lower:g} .. {box.upper:g} {unit}"
+    share = rf_fraction(train) * block.t_sat_s / block.duration_s
+    return f"has RF during {share:.3g} of its time, above limits.duty_cycle_max = {limits.duty_cycle_max:g}"
+
+
+def _window_exceeded(limits: Limits, train: Train, before: Sequence[Played], block: SaturationBlock) -> str | None:
+    """The B1rms window that a block exceeds by most; None if it keeps both."""
     start = before[-1].end_s if before else 0.0
-    return float(largest_amplitude(limits, train, before, np.array([[block.t_sat_s, block.t_rec_s]]), start)[0])
+    most = _largest_by_window(limits, train, before, np.array([[block.t_sat_s, block.t_rec_s]]), start)[0]
+    tightest = int(np.argmin(most))
+    if block.b1_ut == 0 or block.b1_ut <= most[tightest] * (1 + _ROUNDING):
+        return None
+    name = _CEILINGS[tightest]
+    return f"has {block.b1_ut:g} uT, where limits.{name} = {getattr(limits, name):g} uT leaves {most[tightest]:.3g} uT after what is played before it"
 
 
 def _named(block: SaturationBlock) -> str:

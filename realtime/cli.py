@@ -227,10 +227,18 @@ def scans_export(name: str, file: Annotated[Path | None, typer.Argument(help="De
 
 @scans_app.command("check")
 def scans_check(file: str) -> None:
-    """Is this scan file usable?"""
+    """Is this scan file usable, and does its schedule keep its own limits?"""
+    from scansteer.protocols.limits import check_schedule
+
     scan = _scan(file)
     duration = sum(block.duration_s for block in scan.schedule)
     typer.echo(f"{scan.name}: {len(scan.schedule)} images in {duration:.0f} s at {scan.field_t:g} T, parameters {', '.join(scan.parameter_names)}.")
+    if beyond := check_schedule(scan):
+        more = f" (in all {len(beyond)} repetitions leave some limit)" if len(beyond) > 1 else ""
+        typer.echo(
+            f"Warning: in the approved schedule {beyond[0]}{more}; it is played as it stands, while no such pulse is suggested: "
+            "change the schedule or the limit if that is not meant."
+        )
 
 
 @sessions_app.command("list")

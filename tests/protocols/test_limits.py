@@ -172,7 +172,26 @@ def test_a_schedule_that_exceeds_its_limits_is_named_block_by_block():
     tight = scan.limits.model_copy(update={"b1rms_10s_ut": 4.5, "offset_ppm": Range(lower=-5, upper=5)})
     said = limits.check_schedule(scan.model_copy(update={"limits": tight}))
     assert said
-    assert "Block 0 " not in said[0] and "B1rms window" in said[0]
+    assert not said[0].startswith("repetition 0 ")
+    assert "limits.b1rms_10s_ut = 4.5 uT leaves " in said[0]
     elsewhere = scan.limits.model_copy(update={"offset_ppm": Range(lower=4, upper=5)})
     outside = limits.check_schedule(scan.model_copy(update={"limits": elsewhere}))
-    assert len(outside) == 30 and "outside" in outside[0]
+    assert len(outside) == 30
+    assert "offset_ppm = 3 ppm, outside limits.offset_ppm = 4 .. 5 ppm" in outside[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"t_sat_s": Range(lower=0.1, upper=2.0)}, "(4 uT at 3 ppm for 2.5 s after 1 s) has t_sat_s = 2.5 s, outside limits.t_sat_s = 0.1 .. 2 s"),
+        ({"t_rec_s": Range(lower=2.0, upper=3.0)}, "has t_rec_s = 1 s, outside limits.t_rec_s = 2 .. 3 s"),
+        ({"duty_cycle_max": 0.7}, "has RF during 0.714 of its time, above limits.duty_cycle_max = 0.7"),
+        ({"b1_max_ut": 3.0}, "has 4 uT, above limits.b1_max_ut = 3 uT"),
+        ({"b1rms_6min_ut": 0.3}, "has 4 uT, where limits.b1rms_6min_ut = 0.3 uT leaves 3.6 uT"),  # sqrt(360 x 0.09 / 2.5)
+    ],
+)
+def test_the_limit_that_a_schedule_leaves_is_named_with_its_value(changed, expected):
+    block = one(4.0).block(0)
+    scan = BUILTIN["larg-phantom-9.4T"].model_copy(update={"schedule": (block,), "limits": ten_seconds(19.0).model_copy(update=changed)})
+    (said,) = limits.check_schedule(scan)
+    assert expected in said

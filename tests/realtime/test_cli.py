@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from scansteer.protocols.larg_phantom import PUBLISHED
-from scansteer.protocols.scan import Auxiliary, Scan, to_yaml
+from scansteer.protocols.scan import Auxiliary, Range, Scan, to_yaml
 from scansteer.realtime import cli
 from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.connection import ServiceSilentError
@@ -184,8 +184,20 @@ def test_scan_files_make_the_round_trip(monkeypatch, capsys, tmp_path):
     code, out, _ = run(monkeypatch, capsys, "scans", "check", path)
     assert code == 0
     assert "30 images" in out
+    assert "Warning" not in out
     assert json.loads(run(monkeypatch, capsys, "scans", "show", "--schema")[1])["title"] == "Scan"
     assert "larg-phantom-9.4T" in run(monkeypatch, capsys, "scans", "list")[1]
+
+
+def test_a_schedule_beyond_its_own_limits_is_usable_and_said(monkeypatch, capsys, scan, tmp_path):
+    path, tight = tmp_path / "mine.yaml", scan.limits.model_copy(update={"offset_ppm": Range(lower=3.5, upper=5)})
+    path.write_text(to_yaml(scan.model_copy(update={"limits": tight})))
+    code, out, error = run(monkeypatch, capsys, "scans", "check", path)
+    assert (code, error) == (0, "")
+    assert "4 images" in out.splitlines()[0]
+    (warning,) = out.splitlines()[1:]
+    for said in ("Warning: ", "repetition 0 ", "offset_ppm = 3 ppm", "limits.offset_ppm = 3.5 .. 5 ppm", "4 repetitions", "change the schedule or the limit"):
+        assert said in warning
 
 
 def test_an_interruption_is_said_and_is_no_success(monkeypatch, capsys):
