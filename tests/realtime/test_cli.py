@@ -196,7 +196,8 @@ def test_a_schedule_beyond_its_own_limits_is_usable_and_said(monkeypatch, capsys
     assert (code, error) == (0, "")
     assert "4 images" in out.splitlines()[0]
     (warning,) = out.splitlines()[1:]
-    for said in ("Warning: ", "repetition 0 ", "offset_ppm = 3 ppm", "limits.offset_ppm = 3.5 .. 5 ppm", "4 repetitions", "change the schedule or the limit"):
+    place = "offset_ppm = 3 ppm, outside limits.offset_ppm = 3.5 .. 5 ppm"
+    for said in ("Warning: ", "repetition 0 ", place, "4 repetitions", "change the schedule or the limit"):
         assert said in warning
 
 
