@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from scansteer.protocols.scan import SaturationBlock
 from scansteer.realtime.messages import Decision, RegionReport
 from scansteer.realtime.retrospective import Comparison, Course
 
@@ -138,17 +139,19 @@ def latency_over_images(decisions: Sequence[Decision]) -> str:
 
 
 def courses(comparison: Comparison) -> str:
-    """SVG: area, half-width and early-stopping error against n; causal on the left, normalised by the whole scan on the right."""
+    """SVG: area, half-width and early-stopping error against n; causal on the left, normalised by the whole scan on the right; pulses below."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8.6, 7.2), layout="constrained")
-        panels = figure.subplots(3, 2, sharex=True, sharey="row")
+        figure = Figure(figsize=(8.6, 8.8), layout="constrained")
+        panels = figure.subplots(5, 2, sharex=True, sharey="row", height_ratios=(3, 3, 3, 1, 1))
         for column, (title, course) in enumerate(_views(comparison)):
-            _draw_course(panels[:, column], course, comparison.parameters)
+            _draw_course(panels[:3, column], course, comparison.parameters)
+            _draw_pulses(panels[3:, column], comparison.pulses)
             panels[0, column].set_title(title)
-            panels[2, column].set_xlabel("images n")
-        for axes, text in zip(panels[:, 0], ("area of the 95 % CR [f x 1/s]", "CI half-width [%]", "error against the last n [%]"), strict=True):
+            panels[4, column].set_xlabel("images n")
+        texts = "area of the 95 % CR [f x 1/s]", "CI half-width [%]", "error against the last n [%]", "B1 [uT]", "offset\n[ppm]"
+        for axes, text in zip(panels[:, 0], texts, strict=True):
             axes.set_ylabel(text)
-        panels[2, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        panels[4, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         return _svg(figure)
 
 
@@ -191,6 +194,15 @@ def _draw_course(panels: Sequence[Axes], course: Course, parameters: Sequence[st
     panels[2].set_ylim(0, 150)
     panels[1].legend(fontsize=8)
     panels[2].legend(fontsize=8)
+
+
+def _draw_pulses(panels: Sequence[Axes], pulses: Sequence[SaturationBlock]) -> None:
+    """Amplitudes, and offsets of those with RF, under the image that follows."""
+    numbers, amplitudes = np.arange(1, len(pulses) + 1), np.array([pulse.b1_ut for pulse in pulses])
+    offsets = np.array([pulse.offset_ppm for pulse in pulses])
+    panels[0].bar(numbers, amplitudes, width=0.7, color=INK)
+    panels[1].plot(numbers, np.where(amplitudes > 0, offsets, np.nan), color=INK, marker="_", linestyle="none")
+    panels[1].axhline(0, color=INK, linewidth=0.5)
 
 
 def _over_images(decisions: Sequence[Decision], draw: Callable[[Axes], None]) -> str:

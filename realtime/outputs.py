@@ -15,7 +15,7 @@ from scansteer.realtime import report
 from scansteer.realtime.images import Geometry
 from scansteer.realtime.maps import is_ours, write_volume
 from scansteer.realtime.messages import Decision
-from scansteer.realtime.retrospective import Comparison
+from scansteer.realtime.retrospective import Comparison, TooFewImages
 
 
 class DecisionLog:
@@ -71,7 +71,7 @@ def write_outputs(
     maps: Mapping[str, np.ndarray],
     summary: Mapping[str, Any],
     maps_at: Mapping[int, Mapping[str, np.ndarray]] | None = None,
-    look_back: Callable[[], Comparison | None] = lambda: None,
+    look_back: Callable[[], Comparison | TooFewImages | None] = lambda: None,
 ) -> None:
     """Write everything but decisions.jsonl into a folder.
 

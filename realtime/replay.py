@@ -26,7 +26,7 @@ from scansteer.realtime.encoded import engine_maker
 from scansteer.realtime.images import Frame, Role, encode_frame
 from scansteer.realtime.messages import Decision
 from scansteer.realtime.outputs import DecisionLog, write_outputs
-from scansteer.realtime.retrospective import Comparison, Recorder, clipped
+from scansteer.realtime.retrospective import Comparison, Recorder, TooFewImages, clipped
 from scansteer.realtime.session import AUXILIARIES, Files, Session, to_scan_unit
 from scansteer.realtime.sources import Source, StoredImage, check_against, open_source
 from scansteer.realtime.worker import Setup
@@ -232,7 +232,7 @@ def _stream(
     return troubles, maps_at
 
 
-def _look_back(recorder: Recorder, setup: Setup) -> Comparison | None:
+def _look_back(recorder: Recorder, setup: Setup) -> Comparison | TooFewImages:
     """The finished scan seen twice, with the maps that were used."""
     scan = setup.scan
     used = {AUXILIARIES[role]: (role, frame) for role, frame in setup.auxiliaries.items() if AUXILIARIES[role] in scan.auxiliaries}

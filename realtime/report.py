@@ -11,7 +11,7 @@ import numpy as np
 
 from scansteer.realtime import figures
 from scansteer.realtime.messages import Decision, MeanParameterReport, MeanReport, ParameterReport, RegionReport
-from scansteer.realtime.retrospective import Comparison
+from scansteer.realtime.retrospective import FEWEST_IMAGES, Comparison, TooFewImages
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -47,7 +47,10 @@ ul.warnings {{ background: #fff6e0; border-left: 3px solid #d99a00; margin: 0; p
 
 
 def render(
-    decisions: Sequence[Decision], maps: Mapping[str, np.ndarray], summary: Mapping[str, Any], comparison: Comparison | None = None
+    decisions: Sequence[Decision],
+    maps: Mapping[str, np.ndarray],
+    summary: Mapping[str, Any],
+    comparison: Comparison | TooFewImages | None = None,
 ) -> str:
     """The report as HTML.
 
@@ -60,7 +63,7 @@ def render(
     summary
         As in summary.json.
     comparison
-        The scan looked back upon in two ways, if that was done.
+        The scan looked back upon in two ways, or why it could not be; none: nobody asked.
     """
     title = f"scansteer: {summary.get('scan', 'scan')}"
     parts = [f"<h1>{escape(title)}</h1>", _lead(decisions), _warnings(decisions, summary)]
@@ -175,22 +178,32 @@ def _curves(decisions: Sequence[Decision], parameters: Sequence[str]) -> str:
     return f'<h2>Image by image</h2>\n<div class="figures">{figures_html}</div>'
 
 
-def _comparison(comparison: Comparison) -> str:
+def _comparison(comparison: Comparison | TooFewImages) -> str:
+    if isinstance(comparison, TooFewImages):
+        return (
+            f"{_LOOKING_BACK}\n"
+            f'<p class="note">Left out: it takes at least {FEWEST_IMAGES} images that count, and there were {comparison.n_images}.</p>'
+        )
     picture = base64.b64encode(figures.maps_over_images(comparison)).decode()
     described = "Estimates at a few numbers of images, as known then and as the published analysis has them"
     curves = _svg_figure(
         figures.courses(comparison),
         f"Area of the 95 % region, half-width of the 95 % intervals and mean absolute difference from the last estimate, over {comparison.n_voxels} "
-        "voxels, against the number of images; and the share of (voxel, n = 3 to the last but one) whose difference is within the half-width.",
+        "voxels, against the number of images; and the share of (voxel, n = 3 to the last but one) whose difference is within the half-width. Areas "
+        "are medians: on the left over all voxels (of several regions: the mean of their medians, by voxels), on the right over those "
+        f"{comparison.n_voxels}. Below: amplitude and offset of the saturation before each image.",
     )
     return (
-        "<h2>Looking back: causal, and normalised by the whole scan</h2>\n"
+        f"{_LOOKING_BACK}\n"
         '<p class="note">Causal: from the images up to n alone, as decided above. Normalised by the whole scan: the published retrospective '
         "analysis, whose signals are divided by their norm over all images and whose noise is the misfit over all images, with what was not mapped "
         "in the middle of its range. No scanner knows either at image n; its early estimates and narrow intervals could not have been had.</p>\n"
         f'{curves}\n<figure><img src="data:image/png;base64,{picture}" alt="{escape(described)}">'
         f"<figcaption>{escape(described)}.</figcaption></figure>"
     )
+
+
+_LOOKING_BACK = "<h2>Looking back: causal, and normalised by the whole scan</h2>"
 
 
 def _svg_figure(svg: str, caption: str) -> str:

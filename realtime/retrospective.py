@@ -14,12 +14,14 @@ from scansteer.core import dictionary, grid_posterior, lattice, nuisance, region
 from scansteer.core.nuisance import Measured
 from scansteer.core.region import Summary
 from scansteer.protocols import forward, tissue_model
-from scansteer.protocols.scan import Range, Scan, bounds
+from scansteer.protocols.scan import Range, SaturationBlock, Scan, bounds
 from scansteer.realtime.images import Frame
-from scansteer.realtime.messages import Decision
+from scansteer.realtime.messages import Decision, RegionReport
 
 N_VOXELS = 64
-"""Voxels that the curves are medians of, spread over the region."""
+"""Voxels that the curves are of, spread over the region."""
+FEWEST_IMAGES = 4
+"""Of fewer there is nothing to look back upon."""
 MOST_ON_MAPS = 1024
 """Voxels of the shown slice; of a larger one every second, third, .."""
 BATCH = 64
@@ -31,7 +33,8 @@ class Course(NamedTuple):
     """How estimates and their uncertainty went; the number of images n is the first axis, from 1."""
 
     area: Float[np.ndarray, " n"]
-    """Of the 95 % confidence region, median over voxels [f x 1/s]."""
+    """Of the 95 % confidence region [f x 1/s], NaN where undefined. Causal: the medians over all voxels of each region, as decisions report them,
+    averaged over regions by their voxels; by the whole scan: the median over the same voxels as the other curves."""
     estimate: Float[np.ndarray, "n voxel 2"]
     halfwidth: Float[np.ndarray, "n voxel 2"]
     """Of the 95 % intervals."""
@@ -61,7 +64,16 @@ class Comparison(NamedTuple):
     places: Int[np.ndarray, "place 2"]
     """Row and column of the voxels on the maps."""
     n_voxels: int
-    """Behind the curves."""
+    """Behind the curves, but for the causal area, which is of all."""
+    pulses: tuple[SaturationBlock, ...]
+    """Before each image that counts."""
+
+
+class TooFewImages(NamedTuple):
+    """Why a scan was not looked back upon."""
+
+    n_images: int
+    """That counted."""
 
 
 class Recorder:
@@ -87,11 +99,10 @@ class Recorder:
         self._signals.append(frame.pixels.reshape(-1)[voxels])
         stacked = [np.stack([maps[f"{name}_{kind}"].reshape(-1)[voxels] for name in self.scan.parameter_names], axis=1) for kind in _KINDS]
         self._bounds.append(np.stack(stacked))
-        sizes = [each.n_voxels for each in decision.regions]
-        self._areas.append(float(np.average([each.cr_area_median or np.nan for each in decision.regions], weights=sizes)))
+        self._areas.append(_mean_area(decision.regions))
 
-    def compare(self, auxiliaries: Mapping[str, np.ndarray]) -> Comparison | None:
-        """Both views; none of fewer than four images.
+    def compare(self, auxiliaries: Mapping[str, np.ndarray]) -> Comparison | TooFewImages:
+        """Both views, of `FEWEST_IMAGES` images or more.
 
         Parameters
         ----------
@@ -99,8 +110,8 @@ class Recorder:
             Maps by the scan's names, in its units, shape (z, y, x).
         """
         n = len(self._signals)
-        if n < 4:
-            return None
+        if n < FEWEST_IMAGES:
+            return TooFewImages(n)
         shown_at = tuple(sorted({max(3, round(share * n)) for share in MAPS_AT}))
         voxels = np.concatenate([self._curve, self._shown])
         signals, values = np.stack(self._signals, axis=1), np.stack(self._bounds)
@@ -112,7 +123,8 @@ class Recorder:
         whole = Published(self.scan, self._blocks).course(signals, own, m, rows)
         _, y, x = self._shape
         places = np.stack(np.divmod(self._shown % (y * x), x), axis=1)
-        return Comparison(self.scan.parameter_names, causal, whole, shown_at, places, m)
+        pulses = tuple(self.scan.schedule[repetition] for repetition in self._blocks)
+        return Comparison(self.scan.parameter_names, causal, whole, shown_at, places, m, pulses)
 
     def _choose(self, known: np.ndarray) -> None:
         self._shape = known.shape
@@ -121,6 +133,13 @@ class Recorder:
         z, size = int(np.argmax(np.isfinite(known).sum(axis=(1, 2)))), known[0].size
         in_slice = flat[flat // size == z]
         self._shown = in_slice[:: -(-len(in_slice) // MOST_ON_MAPS)]
+
+
+def _mean_area(regions: Sequence[RegionReport]) -> float:
+    """Of the regions whose median area is defined, by their voxels; NaN if it is of none [f x 1/s]."""
+    known = [(each.cr_area_median, each.n_voxels) for each in regions if each.cr_area_median is not None]
+    areas, sizes = np.reshape(known, (-1, 2)).T
+    return float(np.average(areas, weights=sizes)) if known else float("nan")
 
 
 _KINDS = ("map", "lower", "upper")
