@@ -27,7 +27,7 @@ def candidates(scan: Scan, at_least: int = AT_LEAST) -> Blocks:
     The unsaturated ones (b1 = 0) come first, one per recovery, with the shortest t_sat. Amplitudes are denser where they are
     small (power 1.5), times are even in the logarithm; offsets are the ends of the range, the solutes' shifts and their mirror
     images, then the middle of the widest gap, again and again, but none close to water. Where a range has no width the others are
-    cut finer, until there are `at_least` (fewer only if the duty cycle leaves next to no RF). Deterministic.
+    cut finer, until there are `at_least` (fewer if the duty cycle leaves next to no RF, none where every pulse would last no time). Deterministic.
     """
     levels = dict(_LEVELS)
     free = ["b1_ut", *(name for name in ("t_sat_s", "t_rec_s", "offset_ppm") if _is_wide(getattr(scan.limits, name)))]
@@ -44,7 +44,7 @@ def probes(scan: Scan) -> Blocks:
     """Pulses that put the description of the scan to the test: on either side of water, at offsets even in the logarithm, long and dense.
 
     A pool that the description lacks, a field that is off or another lineshape shows at offsets and amplitudes where nothing was played yet.
-    Where the limits leave none, an image without saturation.
+    Where the limits leave none, an image without saturation; none at all where they do not leave that either.
     """
     limits = scan.limits
     t_sat = limits.t_sat_s.upper
@@ -52,8 +52,11 @@ def probes(scan: Scan) -> Blocks:
     amplitudes = limits.b1_max_ut * np.arange(1, N_PROBE_AMPLITUDES + 1) / N_PROBE_AMPLITUDES
     rows = np.array([(b1, offset, t_sat, t_rec) for b1 in amplitudes for offset in _both_sides(limits.offset_ppm)])
     made = Blocks(*rows.T)
-    made = made.take(within_ranges(limits, scan.train, made))
-    return made if len(made) else candidates(scan).take(np.arange(1))
+    is_inside = within_ranges(limits, scan.train, made) & (made.duration_s > 0)
+    if is_inside.any():
+        return made.take(is_inside)
+    offered = candidates(scan)
+    return offered.take(np.arange(min(1, len(offered))))
 
 
 def _both_sides(box: Range) -> np.ndarray:

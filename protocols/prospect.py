@@ -247,10 +247,11 @@ class Prospect:
         (With B0 and B1 unknown, strong pulses near water bend so much that no posterior that used them would hold.)
         """
         respond, tissue = jax.jit(predictive.response), self._coarse.place[1]
-        each = [respond(self._coarse.read, self._map_of(blocks.block(index)), tissue) for index in range(len(blocks))]
+        simulated = [blocks.block(index) for index in range(len(blocks))] or self.scan.schedule[:1]  # of no block at all, shapes would be unknown
+        each = [respond(self._coarse.read, self._map_of(block), tissue) for block in simulated]
         responses = predictive.together(each)
         bends = predictive.curvature(self._star, np.asarray(self._predict(self._coarse, responses, course.magnetisation)))
-        kept = np.flatnonzero(np.all(bends <= most, axis=0))
+        kept = np.flatnonzero(np.all(bends <= most, axis=0)[: len(blocks)])
         return blocks.take(kept), predictive.some(responses, kept)
 
     def _map_of(self, block: SaturationBlock) -> LongitudinalMap:

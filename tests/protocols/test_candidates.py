@@ -5,7 +5,7 @@ import pytest
 
 from scansteer.protocols import limits
 from scansteer.protocols.builtin import BUILTIN
-from scansteer.protocols.candidates import AT_LEAST, candidates
+from scansteer.protocols.candidates import AT_LEAST, candidates, probes
 from scansteer.protocols.scan import Range
 
 PHANTOM = BUILTIN["larg-phantom-9.4T-wide"]
@@ -54,3 +54,8 @@ def test_a_range_from_zero_gives_no_block_without_duration():
 def test_candidates_are_the_same_every_time():
     for first, second in zip(candidates(PHANTOM), candidates(PHANTOM), strict=True):
         assert np.array_equal(first, second)
+
+
+def test_limits_in_which_every_pulse_lasts_no_time_leave_none():
+    nothing = with_limits(t_sat_s=Range(lower=0, upper=0), t_rec_s=Range(lower=0, upper=0))
+    assert len(candidates(nothing)) == len(probes(nothing)) == 0
