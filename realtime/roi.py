@@ -18,6 +18,7 @@ MAX_T1_MS = 5000.0
 MAX_T2_MS = 600.0
 _NOISE_FACTOR = 3.5  # Rayleigh noise exceeds this many medians in 2e-4 of its pixels
 _SMALLEST_PART = 0.02  # of the largest connected part
+_ONE_LEVEL = 1e-9  # values that spread less than this part of the largest cannot be told apart in 256 bins
 _MAX_REGIONS = 64
 _MAX_LABEL = 255
 
@@ -149,12 +150,14 @@ def _threshold(pixels: np.ndarray) -> float:
 
 
 def _otsu(values: np.ndarray) -> float:
-    """The level that best separates two classes (Otsu, IEEE Trans SMC 9 (1979), doi:10.1109/TSMC.1979.4310076)."""
+    """The level that best separates two classes (Otsu, IEEE Trans SMC 9 (1979), doi:10.1109/TSMC.1979.4310076); infinite where there is only one."""
+    if np.ptp(values) <= _ONE_LEVEL * np.max(values):
+        return np.inf
     counts, edges = np.histogram(values, 256)
     centres = 0.5 * (edges[1:] + edges[:-1])
     below, sum_below = np.cumsum(counts), np.cumsum(counts * centres)
     above, mean = below[-1] - below, sum_below[-1] / below[-1]
-    spread = np.divide((mean * below - sum_below) ** 2, below * above, out=np.zeros(below.shape), where=above > 0)
+    spread = np.divide((mean * below - sum_below) ** 2, below * above, out=np.zeros(below.shape), where=(below > 0) & (above > 0))
     return float(np.mean(edges[1:][spread >= spread.max() * (1 - 1e-9)]))  # the middle of a gap: its empty bins all tie
 
 

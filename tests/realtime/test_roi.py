@@ -56,6 +56,15 @@ def test_a_picture_without_foreground_is_refused() -> None:
         automatic(picture(), {"t1": np.zeros((1, 32, 40))})
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [1e-6, 100.0, 1e12])
+def test_a_constant_picture_has_no_foreground(value: float) -> None:
+    constant = np.full((1, 32, 40), value)
+    constant[0, 0, 0] *= 1 + 1e-15
+    with pytest.raises(InputError, match=r"no foreground.*--roi"):
+        automatic(constant)
+
+
 def test_an_object_that_fills_the_picture_is_kept_whole() -> None:
     full = np.random.default_rng(1).normal(1000.0, 20.0, (1, 16, 16))
     assert len(automatic(full).voxels) == 256
