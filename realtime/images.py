@@ -26,8 +26,9 @@ HEADER_BYTES = ctypes.sizeof(ismrmrd.ImageHeader)
 MAX_VOXELS = 2**24
 """Matrix x channels that is accepted unless the caller says otherwise (a 256 x 256 x 256 volume)."""
 MAX_META_BYTES = 2**20
-FAINTEST, BRIGHTEST = 1e-12, 1e12
-"""Largest pixel of an image: sums of squares of squares stay finite in double precision, sums of squares in single."""
+FAINTEST, BRIGHTEST = 1e-6, 1e12
+"""Largest pixel of an image: squares of squares, of the noise as well, stay normal numbers in single precision where they are small, and
+sums of squares finite where they are large. From 1e-8 on results do not depend on the scale; at 5e-10 they begin to."""
 
 DTYPES = {1: "<u2", 2: "<i2", 3: "<u4", 4: "<i4", 5: "<f4", 6: "<f8", 7: "<c8", 8: "<c16"}
 """NumPy type of each MRD `data_type`; 4 is int32 in the standard although ismrmrd-python maps it to int64."""
