@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from rich.console import Console
@@ -22,9 +22,10 @@ from scansteer.protocols.scan import Scan
 from scansteer.realtime import maps as map_files
 from scansteer.realtime import roi as roi_files
 from scansteer.realtime.client import Client
+from scansteer.realtime.connection import RefusedError
 from scansteer.realtime.encoded import engine_maker
-from scansteer.realtime.images import Frame, Role, encode_frame
-from scansteer.realtime.messages import Decision
+from scansteer.realtime.images import Frame, Geometry, Role, encode_frame
+from scansteer.realtime.messages import Decision, DecisionMessage, Refused, Unusable
 from scansteer.realtime.outputs import DecisionLog, write_outputs
 from scansteer.realtime.retrospective import Comparison, Recorder, TooFewImages, clipped
 from scansteer.realtime.session import AUXILIARIES, Files, Session, to_scan_unit
@@ -50,10 +51,36 @@ class Options:
     """File, `none`, or nothing: the shipped one."""
 
 
+class UnusableError(InputError):
+    """An image is not used; its pulse is simulated, and the session goes on."""
+
+    def __init__(self, repetition: int, reason: str) -> None:
+        named = f"repetition {repetition}"
+        super().__init__(reason if named in reason else f"The image of {named} is not used: {reason}")
+
+
+class Streamed(NamedTuple):
+    """What came of giving the images to a runner, decisions apart."""
+
+    troubles: list[str]
+    """What went wrong, one sentence each."""
+    maps_at: dict[int, dict[str, np.ndarray]]
+    geometry: Geometry | None
+    """That of the first image that could be used."""
+
+
 class Runner(Protocol):
     """Whoever turns images into decisions: a session here, or one at a service."""
 
-    def decide(self, image: StoredImage) -> Decision: ...
+    def decide(self, image: StoredImage) -> Decision:
+        """
+        Raises
+        ------
+        UnusableError
+            The image is not used.
+        """
+        ...
+
     def maps(self) -> dict[str, np.ndarray]: ...
     def finish(self) -> dict[str, Any]: ...
 
@@ -68,9 +95,9 @@ class Here:
     def decide(self, image: StoredImage) -> Decision:
         try:
             return self._session.absorb(image.frame, received_at=time.perf_counter())
-        except InputError:
+        except InputError as error:
             self._session.absorb_missing(image.frame.repetition)
-            raise
+            raise UnusableError(image.frame.repetition, str(error)) from error
 
     def maps(self) -> dict[str, np.ndarray]:
         return self._session.maps()
@@ -96,16 +123,31 @@ class Remote:
             self._client.send_image(self._session_id, encode_frame(replace(frame, role=role)), role=role)  # type: ignore[arg-type]
         self._client.wait_ready(self._session_id, self.READY_TIMEOUT_S)
         self._seen = -1
+        self._next = 0
 
     def decide(self, image: StoredImage) -> Decision:
+        repetition = image.frame.repetition
         self._client.subscribe(self._session_id, last_decision=self._seen)  # a controller that is not heard of is forgotten
+        if repetition > self._next:
+            self._client.declare_missing(self._session_id, range(self._next, repetition))
+        self._next = repetition + 1
         self._client.send_image(self._session_id, image.message)
-        decision = self._client.next_decision(self.DECISION_TIMEOUT_S)
-        if decision is None:
-            raise InputError(f"The service gave no decision on repetition {image.frame.repetition} within {self.DECISION_TIMEOUT_S:g} s.")
+        decision = self._answer(repetition)
         self._client.acknowledge(decision)
         self._seen = decision.sequence_number
         return decision
+
+    def _answer(self, repetition: int) -> Decision:
+        deadline = time.monotonic() + self.DECISION_TIMEOUT_S
+        while (message := self._client.receive(max(0.0, deadline - time.monotonic()))) is not None:
+            match message:
+                case DecisionMessage(decision=decision):
+                    return decision
+                case Unusable(repetition=unused, reason=reason) if unused == repetition:
+                    raise UnusableError(repetition, reason)
+                case Refused() if message.request_id:
+                    raise RefusedError(message)
+        raise InputError(f"The service gave no decision on repetition {repetition} within {self.DECISION_TIMEOUT_S:g} s.")
 
     def maps(self) -> dict[str, np.ndarray]:
         return self._client.maps(self._session_id)
@@ -120,7 +162,7 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
     Raises
     ------
     InputError
-        The file, the scan, the region or a map do not fit together; nothing was replayed.
+        The file, the scan, the region or a map do not fit together, or no image can be used; nothing was replayed.
     ScansteerError
         The file was cut off, or images could not be used; what could be is in `out`.
     """
@@ -140,12 +182,10 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
             else:
                 runner = Remote(setup, stack.enter_context(Client(options.connect)))
         recorder = Recorder(scan)
-        troubles, maps_at = _stream(source, runner, scan, log, recorder, options, console)
+        troubles, maps_at, geometry = _stream(source, runner, scan, log, recorder, options, console)
         maps = runner.maps() if log.decisions else {}
-        first = source.first()
         said = dict.fromkeys([*warnings, *(warning for decision in log.decisions for warning in decision.warnings), *troubles])
         summary = runner.finish() | {"warnings": list(said)}
-        geometry = first.frame.geometry if first is not None else None
         write_outputs(out, log.decisions, geometry, maps, summary, maps_at, partial(_look_back, recorder, setup))
     console.print(_farewell(summary, log.decisions, out), highlight=False)
     if troubles:
@@ -194,30 +234,38 @@ def _check_images(options: Options, source: Source) -> None:
 
 def _stream(
     source: Source, runner: Runner, scan: Scan, log: DecisionLog, recorder: Recorder, options: Options, console: Console
-) -> tuple[list[str], dict[int, dict[str, np.ndarray]]]:
-    """Give the images to the runner one by one; what went wrong, and the maps as they stood."""
+) -> Streamed:
+    """Give the images to the runner one by one.
+
+    Raises
+    ------
+    InputError
+        None of them can be used.
+    """
     troubles: list[str] = []
     maps_at: dict[int, dict[str, np.ndarray]] = {}
-    total = min(options.images or source.n_images, source.n_images)
+    geometry = None
+    wanted = source.repetitions[: options.images]
+    ends_s = np.cumsum([block.duration_s for block in scan.schedule])
     columns = (TextColumn("image"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     started = time.perf_counter()
-    due_s = 0.0
+    n_unusable = 0
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("", total=total)
+        task = progress.add_task("", total=len(wanted))
         try:
             for image in source.images():
-                if image.frame.repetition >= (options.images or image.frame.repetition + 1):
+                if image.frame.repetition > wanted[-1]:
                     break
-                due_s += scan.schedule[min(image.frame.repetition, len(scan.schedule) - 1)].duration_s
                 if options.realtime:
+                    due_s = ends_s[min(image.frame.repetition, len(ends_s) - 1)]
                     time.sleep(max(0.0, started + due_s - time.perf_counter()))
                 try:
                     decision = runner.decide(image)
                 except InputError as error:
-                    if not log.decisions and not isinstance(runner, Remote) and image.frame.repetition == 0:
-                        raise
                     troubles.append(str(error))
+                    n_unusable += isinstance(error, UnusableError)
                     continue
+                geometry = geometry or image.frame.geometry
                 log.append(decision)
                 recorder.note(image.frame, decision, runner.maps())
                 progress.update(task, advance=1, description=decision.action)
@@ -229,7 +277,9 @@ def _stream(
             if isinstance(error, InputError) and not log.decisions:
                 raise
             troubles.append(str(error))
-    return troubles, maps_at
+    if n_unusable and n_unusable == len(troubles) and not log.decisions:
+        raise InputError(f"{source.path}: none of {n_unusable} images can be used; the first: {troubles[0]}")
+    return Streamed(troubles, maps_at, geometry)
 
 
 def _look_back(recorder: Recorder, setup: Setup) -> Comparison | TooFewImages:

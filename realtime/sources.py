@@ -73,7 +73,17 @@ class Source:
     @property
     def n_images(self) -> int:
         """Repetitions of the image series, dummies apart, that the file holds or, when it was cut off, still lists."""
-        return len({entry.key[0] for entry in self._series})
+        return len(self.repetitions)
+
+    @property
+    def repetitions(self) -> tuple[int, ...]:
+        """Their numbers, ascending, as `images` gives them."""
+        return tuple(sorted({entry.key[0] - self._n_before for entry in self._series}))
+
+    def missing(self, n_wanted: int | None = None) -> list[int]:
+        """Repetitions of which the file has no image although it has one of a later repetition; n_wanted: among its first so many images."""
+        wanted = self.repetitions[:n_wanted]
+        return sorted(set(range(wanted[-1])) - {*wanted})
 
     @property
     def is_cut(self) -> bool:
@@ -208,7 +218,8 @@ def check_against(source: Source, scan: Scan, n_wanted: int | None = None) -> li
 
     Returns
     -------
-    Warnings, one sentence each: flip angle or repetition time differ (the description rules), or the file says nothing.
+    Warnings, one sentence each: repetitions are missing in between (their pulses are simulated), flip angle or repetition time differ
+    (the description rules), or the file says nothing.
 
     Raises
     ------
@@ -226,10 +237,33 @@ def check_against(source: Source, scan: Scan, n_wanted: int | None = None) -> li
     is_enough = source.is_cut or (n_wanted is not None and n_wanted <= source.n_images)
     if source.n_images != n_planned and not (is_enough and source.n_images < n_planned):
         raise InputError(
-            f"{path} has images of {source.n_images} repetitions, but the schedule of {named} has {n_planned}; "
-            f"choose another --scan or adapt its schedule; a scan that was ended early is replayed with --images {source.n_images}."
+            f"{path} has images of {source.n_images} repetitions, but the schedule of {named} has {n_planned}; {_way_out(source, n_planned)}."
         )
-    return _soft_differences(source.header, scan)
+    missing = source.missing(n_wanted)
+    said = [f"{path} has no image of {_listed(missing)}: what the schedule plays there is simulated."] if missing else []
+    return said + _soft_differences(source.header, scan)
+
+
+def _way_out(source: Source, n_planned: int) -> str:
+    """What to do about a file with another number of images than planned."""
+    n, other = source.n_images, "choose another --scan or adapt its schedule"
+    if n > n_planned:
+        return other
+    if missing := source.missing():
+        return f"it lacks {_listed(missing)} in between: --images {n} replays the images that it has and simulates the pulses of the others"
+    return f"{other}; a scan that was ended early is replayed with --images {n}"
+
+
+def _listed(repetitions: list[int]) -> str:
+    """Ascending numbers, neighbours as one range: repetitions 2 to 4, 9."""
+    runs: list[list[int]] = []
+    for number in repetitions:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    named = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"repetition{'s' if len(repetitions) > 1 else ''} {named}"
 
 
 def _soft_differences(header: HeaderFacts, scan: Scan) -> list[str]:

@@ -250,6 +250,25 @@ def test_a_scan_that_was_ended_early_is_taken_where_no_more_images_are_wanted(tm
             check_against(source, SCAN, 13)
 
 
+@pytest.mark.parametrize(("lost", "named"), [((4,), "repetition 4"), ((0, 5, 6, 7, 9), "repetitions 0, 5 to 7, 9")])
+def test_missing_repetitions_are_told_from_a_scan_that_was_ended_early(tmp_path: Path, lost: tuple[int, ...], named: str) -> None:
+    shape, n = (64, 64), 30 - len(lost)
+    images = [image(number, shape=shape) for number in range(30) if number not in lost]
+    with open_source(write_hdf5(tmp_path / "scan.h5", {"image_0": images})) as source:
+        assert source.missing() == [*lost]
+        with pytest.raises(InputError, match=f"it lacks {named} in between: --images {n} replays") as refused:
+            check_against(source, SCAN)
+        assert "ended early" not in str(refused.value)
+        assert check_against(source, SCAN, n) == [f"{source.path} has no image of {named}: what the schedule plays there is simulated."]
+        if lost[0] > 0:
+            assert check_against(source, SCAN, lost[0]) == []
+
+
+def test_a_file_with_too_many_images_is_another_scans(tmp_path: Path) -> None:
+    with open_source(matching(tmp_path, n_images=31)) as source, pytest.raises(InputError, match=r"has 30; choose .* schedule\.$"):
+        check_against(source, SCAN)
+
+
 def test_other_flip_angle_and_repetition_time_are_warned_about(tmp_path: Path) -> None:
     xml = XML.replace(b"<TR>4000", b"<TR>3500").replace(b"_deg>60", b"_deg>90")
     with open_source(matching(tmp_path, xml=xml)) as source:
