@@ -44,6 +44,8 @@ class Record(NamedTuple):
     """Number of images at which the model was first found not to fit."""
     outside: str | None = None
     """What was first found to lie beyond its range."""
+    region: str | None = None
+    """As in `Check`, the first."""
 
 
 class Check(NamedTuple):
@@ -55,6 +57,8 @@ class Check(NamedTuple):
     """Mean surprise of the images so far: 1 if the model holds; none before the first prediction."""
     outside: str | None = None
     """What was not measured, and lies beyond the range that the scan states."""
+    region: str | None = None
+    """One that does not fit by itself, though all voxels together do."""
 
 
 def init() -> Record:
@@ -70,7 +74,8 @@ def judged(record: Record, found: Check, n_images: int) -> Record:
     """Remember a refusal."""
     if found.passed:
         return record
-    return record._replace(refused_at=record.refused_at or n_images, outside=record.outside or found.outside)
+    first = {"outside": record.outside or found.outside, "region": record.region or found.region}
+    return record._replace(refused_at=record.refused_at or n_images, **first)
 
 
 def check(
@@ -128,8 +133,12 @@ def doubtful(beyond: Mapping[str, float]) -> str | None:
 def unexplained(
     residual: Float[np.ndarray, " voxel"], amplitude: Float[np.ndarray, " voxel"], sigma: float, discrepancy: float, n_images: int
 ) -> Bool[np.ndarray, " voxel"]:
-    """Voxels, each on its own, whose residual is more than noise and discrepancy leave in all but one of a thousand; parameters as in `check`."""
-    return residual > (sigma**2 + (discrepancy * amplitude) ** 2) * quantile(max(n_images - N_FITTED, 0))
+    """Voxels, each on its own, whose residual is more than noise and discrepancy leave in all but one of a thousand; parameters as in `check`.
+
+    None while nothing is left over to judge by.
+    """
+    left = n_images - N_FITTED
+    return (residual > (sigma**2 + (discrepancy * amplitude) ** 2) * quantile(left)) & (left >= 1)
 
 
 def quantile(dof: float) -> float:

@@ -5,6 +5,7 @@ State and update, as everywhere: `init`, then `update` once per image. The rule 
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +13,12 @@ from jaxtyping import Bool, Float
 
 PRIOR_LIMIT = 0.025
 """A voxel with more of its mass than this in an edge row of the box is prior-limited and never converged."""
+BETA_PRIOR_LIMIT = 0.004
+"""The same where the prior is Beta(2, 2), which vanishes at the edges and so keeps a posterior away from them: with a likelihood that grows by
+exp(8 x) over the box's side, of a truth that lies outside it, 0.4 % are there, and with a uniform prior 7.7 %."""
+UNIDENTIFIED = 0.8
+"""Share of the prior's standard deviation: a parameter of which a voxel's images leave more is not identifiable, and the voxel never converged,
+however narrow the box."""
 
 
 class Rule(NamedTuple):
@@ -26,6 +33,10 @@ class Rule(NamedTuple):
     """Gain of the rest of the schedule [nat of log confidence-region area] below which going on is futile; none: never futile."""
     asks_operator: bool = False
     """A stop is proposed, and called only once the operator has confirmed it."""
+    prior_sd: tuple[float, float] = (math.inf, math.inf)
+    """Of f and k before the first image."""
+    prior_limit: tuple[float, float] = (PRIOR_LIMIT, PRIOR_LIMIT)
+    """Largest acceptable mass in an edge row of the box."""
 
 
 class Region(NamedTuple):
@@ -69,9 +80,22 @@ def relative_halfwidth(
         return np.where(estimate > 0, (upper - lower) / 2 / estimate, np.inf)
 
 
-def converged(rule: Rule, halfwidth: Float[np.ndarray, "voxel 2"], edge_mass: Float[np.ndarray, "voxel 2"]) -> Bool[np.ndarray, " voxel"]:
-    """Voxels that meet both targets and are not limited by the prior's box."""
-    return np.all((halfwidth <= rule.halfwidth_relative) & (edge_mass <= PRIOR_LIMIT), axis=1)
+def is_prior_limited(rule: Rule, edge_mass: Float[np.ndarray, "voxel 2"]) -> Bool[np.ndarray, "voxel 2"]:
+    """Posteriors that lean on an edge of the box."""
+    return edge_mass > np.array(rule.prior_limit)
+
+
+def is_unidentified(rule: Rule, covariance: Float[np.ndarray, "voxel 2 2"]) -> Bool[np.ndarray, "voxel 2"]:
+    """Posteriors that are little narrower than the prior."""
+    return np.sqrt(np.diagonal(covariance, axis1=1, axis2=2)) > UNIDENTIFIED * np.array(rule.prior_sd)
+
+
+def converged(
+    rule: Rule, halfwidth: Float[np.ndarray, "voxel 2"], edge_mass: Float[np.ndarray, "voxel 2"], covariance: Float[np.ndarray, "voxel 2 2"]
+) -> Bool[np.ndarray, " voxel"]:
+    """Voxels that meet both targets by what their images say, and not by what the prior says."""
+    by_prior = is_prior_limited(rule, edge_mass) | is_unidentified(rule, covariance)
+    return np.all((halfwidth <= rule.halfwidth_relative) & ~by_prior, axis=1)
 
 
 def needed(rule: Rule, region: Region) -> float:

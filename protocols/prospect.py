@@ -6,7 +6,7 @@ followed: what was played, and the magnetisation that it left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -167,10 +167,10 @@ class Prospect:
             self._weights[key] = self._with_offset(predictive.columns(self._star, maps))
         return self._weights[key]
 
-    def plain_columns(self) -> Float[np.ndarray, "column node_"]:
-        """The same without maps and without mixtures: every nuisance over all of its range."""
+    def plain_columns(self, maps: Mapping[str, Measured]) -> Float[np.ndarray, "column node_"]:
+        """The same without mixtures: every nuisance that is not mapped over all of its range."""
         whole = self._star._replace(axes=tuple(axis._replace(n_slices=1) for axis in self._star.axes))
-        return self._with_offset(predictive.columns(whole, {}))[0]
+        return self._with_offset(predictive.columns(whole, maps))[0]
 
     def _with_offset(self, columns: Float[np.ndarray, "mixture column node"]) -> np.ndarray:
         return nuisance.with_offset(columns, *nuisance.of_range(*bounds(self.scan.readout.offset)))

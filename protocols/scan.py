@@ -89,6 +89,15 @@ class Parameter(Range):
             raise ValueError("a log-uniform prior needs lower > 0")
         return self
 
+    @property
+    def prior_sd(self) -> float:
+        """Standard deviation of the prior, in the parameter's unit."""
+        width = self.upper - self.lower
+        if self.prior == "log-uniform":
+            octaves = math.log(self.upper / self.lower)
+            return math.sqrt((self.upper**2 - self.lower**2) / (2 * octaves) - (width / octaves) ** 2)
+        return width / math.sqrt(20 if self.prior == "beta" else 12)
+
 
 class Pool(Model):
     """A proton pool that exchanges with water."""

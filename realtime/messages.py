@@ -30,6 +30,9 @@ class ParameterReport(Message):
     ci_halfwidth_relative: float | None
     """Median over voxels of half the interval's length over the MAP."""
     fraction_prior_limited: float
+    """Voxels whose posterior leans on an edge of the box; they never count as converged."""
+    fraction_not_identifiable: float = 0.0
+    """Voxels whose images leave more than 0.8 of the prior's standard deviation; they never count as converged."""
 
 
 class MeanParameterReport(Message):
@@ -41,6 +44,7 @@ class MeanParameterReport(Message):
     ci_upper: float | None
     ci_halfwidth_relative: float | None
     is_prior_limited: bool
+    is_not_identifiable: bool = False
 
 
 class MeanReport(Message):
@@ -65,8 +69,11 @@ class RegionReport(Message):
     """Median area over the median area at the previous image."""
     anytime_area_median: float | None
     fraction_converged: float
+    """Of the voxels that did not move; of all where more than a fifth did."""
     fraction_moved: float = 0.0
-    """Voxels that were found to hold other tissue than before; they do not count as converged."""
+    """Voxels that were found to hold other tissue than before; nothing else that is said of the region looks at them."""
+    fraction_unexplained: float = 0.0
+    """Voxels of which the model, each by itself, leaves more than noise does in all but one of a thousand; they do not count as converged."""
     mean_signal: MeanReport | None = None
     """Of the region as a whole: its noise averages out, what its voxels share does not. Stops do not look at it."""
 
@@ -98,6 +105,20 @@ class LackOfFit(Message):
     """Squared error of the predictions over what was expected of it, mean over the images so far: 1 if the model holds."""
     outside: str | None = None
     """What was not measured (`b0_ppm`, ..), and lies beyond the range that the scan states; looked for where a stop is near, and kept."""
+    region: str | None = None
+    """The region that was first found not to fit though all voxels together did; kept."""
+
+
+class Gains(Message):
+    """What going on is expected to take off the logarithm of the confidence region's area, and so what stopping forgoes; mean over the sampled voxels
+    [nat]."""
+
+    next_pulse: float | None
+    """By the suggested pulse; null without one. A probe promises nothing: 0."""
+    scheduled: float | None
+    """By the schedule's next block; 0 at its end."""
+    remaining: float | None
+    """By the rest of the schedule together, at most 48 images: the gain that stopping now gives up."""
 
 
 class Audit(Message):
@@ -141,6 +162,7 @@ class Decision(Message):
     would_stop_at: int | None
     regions: tuple[RegionReport, ...]
     next_pulse: SuggestedPulse | None
+    gains: Gains | None = None
     lack_of_fit: LackOfFit
     posterior_source: Literal["reference", "encoder"]
     audit: Audit | None

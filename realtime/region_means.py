@@ -2,7 +2,7 @@
 
 Averaging lowers the noise, and nothing else: what was not measured, and the scan's discrepancy, all voxels share, so the mean's interval does not
 shrink below them. Next to so little noise even a good model is wrong by more, so the discrepancy of a mean is not known either: its values of
-`EXTRA`, beside the scan's own, are equally probable before the scan, and the images weigh them. A voxel that moved stays in the mean.
+`EXTRA`, beside the scan's own, are equally probable before the scan, and the images weigh them.
 """
 
 from __future__ import annotations

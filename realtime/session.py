@@ -28,6 +28,7 @@ from scansteer.realtime.encoded import Encoded
 from scansteer.realtime.images import Frame, Geometry, check_usable
 from scansteer.realtime.messages import (
     Decision,
+    Gains,
     LackOfFit,
     Latency,
     MeanReport,
@@ -140,6 +141,7 @@ class Session:
         self._screen = Screen()
         self._record = lack_of_fit.init()
         self._fit = lack_of_fit.Check(None, True)
+        self._unexplained = np.zeros(0, bool)
         self._n_shared = n_shared(self.scan, [AUXILIARIES[role] for role in mapped])
         self._voxels: Voxels | None = None
         self._n_counted = 0
@@ -273,7 +275,8 @@ class Session:
         self._energy = self._energy + signal.astype(float) ** 2
         self._estimate = self._noise()
         expected = self._play(block)
-        means = self._beside.submit(self._means.absorb, expected, signal, self._estimate)
+        steady = self._screen.history[-1]  # where a voxel departed, what was expected of it
+        means = self._beside.submit(self._means.absorb, expected, steady, self._estimate)
         self._info = self._reference.absorb(expected, signal, self._estimate)
         self._of_means = self._reporter.of_means(means.result(), self._means.n_independent)
         return [self._reference.said] if self._reference.said else []
@@ -306,7 +309,7 @@ class Session:
         self._reference.begin(maps, brightness, places)
         self._means.begin(maps, places)
         self._screen.begin(len(index))
-        self._energy = np.zeros(len(index))
+        self._energy, self._unexplained = np.zeros(len(index)), np.zeros(len(index), bool)
         warnings.extend(self._outside_range(maps))
         self._voxels = voxels
         return voxels
@@ -345,16 +348,18 @@ class Session:
         info, n = self._info, self._n_counted
         assert info is not None
         if left_out is None:
-            self._fit, is_unexplained = self._judge_fit(info)
-            self._record = lack_of_fit.judged(self._record, self._fit, n)
-            moved = self._screen.judge(is_unexplained)
-            warnings = (*warnings, moved) if moved else warnings
-        reports = self._reporter.report(voxels.regions, voxels.places, info, self._screen.moved, self._of_means)
+            said = self._judge_fit(info, voxels)
+            warnings = (*warnings, said) if said else warnings
+        moved = self._screen.moved
+        reports = self._reporter.report(voxels.regions, voxels.places, info, moved, self._unexplained, self._of_means)
         independent = self.scan.noise.effective_voxel_fraction
-        progress = [stopping.Region(each.name, each.fraction_converged, independent * each.n_voxels) for each in reports]
+        progress = [
+            stopping.Region(each.name, each.fraction_converged, independent * each.n_voxels * (1 - each.fraction_moved)) for each in reports
+        ]
         meets_targets = not stopping.behind(self._rule, progress)
         is_enough = self._stopping.would_stop_at is None and meets_targets
-        advice = self._advisor.advise(*self._reference.for_advice(info, voxels.places), self._estimate, repetition, is_enough)
+        steady = [at[~moved[at]] for at in voxels.places] if not moved.all() else voxels.places
+        advice = self._advisor.advise(*self._reference.for_advice(info, steady), self._estimate, repetition, is_enough)
         may_stop = meets_targets or stopping.is_futile(self._rule, advice.remaining_gain)
         told = {}
         if may_stop and left_out is None:
@@ -376,7 +381,8 @@ class Session:
             would_stop_at=self._stopping.would_stop_at,
             regions=reports,
             next_pulse=None if verdict.stop else _suggestion(advice),
-            lack_of_fit=LackOfFit(**self._fit._replace(outside=self._record.outside)._asdict()),
+            gains=_gains(advice),
+            lack_of_fit=LackOfFit(**self._fit._replace(outside=self._record.outside, region=self._record.region)._asdict()),
             posterior_source=self._reference.source,
             audit=self._reference.audit,
             valid_until_repetition=repetition + 1,
@@ -385,13 +391,24 @@ class Session:
             warnings=warnings,
         )
 
-    def _judge_fit(self, info: Info) -> tuple[lack_of_fit.Check, np.ndarray]:
-        """Of the region, and which voxels by themselves are not explained."""
+    def _judge_fit(self, info: Info, voxels: Voxels) -> str | None:
+        """Of all voxels together and of each region, those that moved left out; a sentence if more have moved than before."""
         residual = info.nrmse.astype(float) ** 2 * self._energy
-        described = self.scan.noise
-        left = residual, info.amplitude, self._estimate.sigma, described.discrepancy, self._n_counted
-        shared = {"n_shared": self._n_shared, "independent": described.effective_voxel_fraction}
-        return lack_of_fit.check(*left, self._record, **shared), lack_of_fit.unexplained(*left)
+        described, n = self.scan.noise, self._n_counted
+        self._unexplained = lack_of_fit.unexplained(residual, info.amplitude, self._estimate.sigma, described.discrepancy, n)
+        said = self._screen.judge(self._unexplained)
+        steady = ~self._screen.moved if not self._screen.moved.all() else np.ones(len(residual), bool)
+
+        def checked(at: np.ndarray) -> lack_of_fit.Check:
+            left = residual[at], info.amplitude[at], self._estimate.sigma, described.discrepancy, n
+            return lack_of_fit.check(*left, self._record, n_shared=self._n_shared, independent=described.effective_voxel_fraction)
+
+        self._fit = checked(np.flatnonzero(steady))
+        for region, at in zip(voxels.regions, voxels.places, strict=True):
+            if self._fit.passed and steady[at].any() and not (found := checked(at[steady[at]])).passed:
+                self._fit = found._replace(region=region.name)
+        self._record = lack_of_fit.judged(self._record, self._fit, n)
+        return said
 
     def _painted(self, values: np.ndarray) -> np.ndarray:
         assert self._voxels is not None
@@ -413,12 +430,23 @@ def _suggestion(advice: Advice) -> SuggestedPulse | None:
     return None if advice.block is None else SuggestedPulse(**advice.block.model_dump(), expected_gain=advice.gain)
 
 
+def _gains(advice: Advice) -> Gains:
+    return Gains(
+        next_pulse=None if advice.block is None else finite(advice.gain),
+        scheduled=finite(advice.scheduled_gain),
+        remaining=finite(advice.remaining_gain),
+    )
+
+
 def rule_of(scan: Scan) -> stopping.Rule:
     """The scan's own stop rule."""
-    first, second = (parameter.target_halfwidth_relative for parameter in scan.parameters.values())
+    first, second = scan.parameters.values()
     stop = scan.stop
-    targets = (first, second)
-    return stopping.Rule(targets, stop.fraction_converged, stop.n_min, stop.confirmations, stop.plateau_nat, stop.operator_confirmation)
+    targets = (first.target_halfwidth_relative, second.target_halfwidth_relative)
+    rule = stopping.Rule(targets, stop.fraction_converged, stop.n_min, stop.confirmations, stop.plateau_nat, stop.operator_confirmation)
+    limits = {"beta": stopping.BETA_PRIOR_LIMIT}
+    limit = limits.get(first.prior, stopping.PRIOR_LIMIT), limits.get(second.prior, stopping.PRIOR_LIMIT)
+    return rule._replace(prior_sd=(first.prior_sd, second.prior_sd), prior_limit=limit)
 
 
 def n_shared(scan: Scan, mapped: Sequence[str]) -> int:
@@ -432,7 +460,8 @@ def _misfit(fit: lack_of_fit.Check, record: lack_of_fit.Record) -> str | None:
     """Why a model that does not fit, or did not at an earlier image, forbids a stop."""
     if record.refused_at is None:
         return None
-    said = [] if record.outside is None else [f"{record.outside} lies beyond the range that the scan states (widen it, or give a map)"]
+    said = [] if record.region is None else [f"region {record.region!r} by itself"]
+    said += [] if record.outside is None else [f"{record.outside} lies beyond the range that the scan states (widen it, or give a map)"]
     said += [] if fit.statistic is None else [f"residual variance {fit.statistic:.1f} x noise"]
     said += [] if fit.prediction is None else [f"prediction errors {fit.prediction:.1f} x expected"]
     return f"The model does not fit since image {record.refused_at}: {', '.join(said)}; continue the approved schedule."

@@ -189,7 +189,7 @@ def _measured_noise(scene: Scene) -> NoiseEstimate:
 def _region(rule: stopping.Rule, info: Info) -> stopping.Region:
     summary = info.summary
     halfwidth = stopping.relative_halfwidth(summary.map, summary.lower, summary.upper)
-    converged = stopping.converged(rule, halfwidth, summary.edge_mass)
+    converged = stopping.converged(rule, halfwidth, summary.edge_mass, summary.covariance)
     return stopping.Region("scene", float(np.mean(converged)), float(len(converged)))
 
 

@@ -82,7 +82,7 @@ class Follower:
     def begin(self, maps: dict[str, np.ndarray], n_voxels: int) -> Followed:
         """Before the first image; dummies have been played."""
         if self.mapped:
-            measured = tuple({name: self._measured(name, maps[name][voxel]) for name in self.mapped} for voxel in range(n_voxels))
+            measured = tuple({name: self.measured(name, maps[name][voxel]) for name in self.mapped} for voxel in range(n_voxels))
         else:
             measured = ({},)
         weights = tuple(jnp.asarray(self._columns(each)) for each in measured)
@@ -150,7 +150,7 @@ class Follower:
 
     def _foreseen(self) -> Iterator[np.ndarray]:
         """As `Reference` foresees its lattice."""
-        weights = self._columns({axis.name: self._measured(axis.name, axis.middle) for axis in self._axes if axis.name in self.mapped})[0]
+        weights = self._columns({axis.name: self.measured(axis.name, axis.middle) for axis in self._axes if axis.name in self.mapped})[0]
         state = self._after_dummies()
         for index, block in enumerate(self.scan.schedule):
             state, signals = self._played(state, block, first=index == 0 and not self.scan.first_state.n_dummies)
@@ -173,7 +173,8 @@ class Follower:
         columns = nuisance.columns(self._axes, measured) if self._star is None else predictive.columns(self._star, measured)
         return nuisance.with_offset(columns, *self._offset)
 
-    def _measured(self, name: str, value: float) -> Measured:
+    def measured(self, name: str, value: float) -> Measured:
+        """What a map says of one voxel."""
         described = self.scan.auxiliaries[name]  # type: ignore[index]
         floor = 1e-3 * (described.upper - described.lower)
         return Measured(float(value), max(float(np.hypot(described.map_error, described.map_error_relative * value)), floor))

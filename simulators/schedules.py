@@ -8,13 +8,14 @@ far are a Fisher information of (f, k), log amplitude and the nuisances' coeffic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 from scansteer.core import lattice, predictive
+from scansteer.core.nuisance import Measured
 from scansteer.protocols import limits
 from scansteer.protocols.prospect import Prospect
 from scansteer.protocols.scan import SaturationBlock, Scan
@@ -55,21 +56,30 @@ class Draws:
 
     rows: tuple[np.ndarray, np.ndarray, np.ndarray]
     """From the coarse points to the value at each draw, and to its derivatives by f and k, each times the width of the box."""
-    weights: Float[np.ndarray, "column node_"]
+    weights: Float[np.ndarray, "draw column node_"]
     """From the star's nodes, and one that reads 1, to mean signal and nuisance columns."""
-    prior_precision: float
-    """Of f and k in units of the box."""
+    prior_precision: tuple[float, float]
+    """Of f and k, each in units of its side of the box."""
     noise: float
     """Standard deviation of one image, discrepancy included [fraction of M0]."""
 
 
-def draws_at(prospect: Prospect, shares: Float[np.ndarray, "draw 2"], noise: float, prior_precision: float = 12.0) -> Draws:
-    """Draws at places in the box of (f, k), each 0 .. 1 over its side, nuisances at the centre of their ranges."""
+def draws_at(prospect: Prospect, shares: Float[np.ndarray, "draw 2"], maps: Sequence[Mapping[str, Measured]], noise: float) -> Draws:
+    """Draws at places in the box of (f, k), each 0 .. 1 over its side.
+
+    Parameters
+    ----------
+    maps
+        What is measured of each draw's nuisances; the others are at the centre of their ranges, and unknown.
+    noise
+        Standard deviation of one image [fraction of M0].
+    """
     value, slope = zip(*(_along(share) for share in np.clip(shares, 0.005, 0.995).T), strict=True)
     outer = lambda f, k: (f[:, :, None] * k[:, None, :]).reshape(len(f), -1)  # noqa: E731
     rows = outer(value[0], value[1]), outer(slope[0], value[1]), outer(value[0], slope[1])
+    f, k = (((side.upper - side.lower) / side.prior_sd) ** 2 for side in prospect.scan.parameters.values())
     total = np.hypot(noise, prospect.scan.noise.discrepancy)
-    return Draws(rows, prospect.plain_columns(), prior_precision, float(total))
+    return Draws(rows, np.stack([prospect.plain_columns(each) for each in maps]), (f, k), float(total))
 
 
 def optimise(
@@ -181,14 +191,14 @@ def _along(shares: Float[np.ndarray, " draw"]) -> tuple[np.ndarray, np.ndarray]:
 def _columns(signals: Float[np.ndarray, "node image point"], draws: Draws) -> Float[np.ndarray, "draw image column"]:
     """f, k, log amplitude, nuisances: what an image says of each, in units of its noise."""
     value, by_f, by_k = (np.einsum("dx,nix->din", rows, signals) for rows in draws.rows)
-    weights, constant = draws.weights[:, :-1], draws.weights[:, -1]
-    mean = [by_f @ weights[0], by_k @ weights[0]]
-    return np.concatenate([np.stack(mean, axis=-1), value @ weights.T + constant], axis=-1) / draws.noise
+    weights, constant = draws.weights[..., :-1], draws.weights[:, None, :, -1]
+    slopes = np.stack([np.einsum("din,dn->di", by, weights[:, 0]) for by in (by_f, by_k)], axis=-1)
+    return np.concatenate([slopes, value @ np.swapaxes(weights, 1, 2) + constant], axis=-1) / draws.noise
 
 
 def _prior(draws: Draws) -> Float[np.ndarray, "draw column column"]:
-    n_nuisances = len(draws.weights) - 1
-    precision = np.array([draws.prior_precision] * 2 + [1e-4] + [1.0] * n_nuisances)
+    n_nuisances = draws.weights.shape[1] - 1
+    precision = np.array([*draws.prior_precision, 1e-4, *[1.0] * n_nuisances])
     return np.repeat(np.diag(precision)[None], len(draws.rows[0]), axis=0)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from scansteer.core.errors import ScansteerError
+from scansteer.core.errors import InputError, ScansteerError
 from scansteer.core.region import ANYTIME_LEVEL
 from scansteer.protocols.prospect import Prospect
 from scansteer.protocols.scan import SaturationBlock, Scan
@@ -67,16 +67,17 @@ def run_study(
         Names in `world.WORLDS`.
     """
     console = console or Console()
+    _check_writable(out)
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         task = progress.add_task("simulate the candidates", total=1)
         study = Study(scan, Prospect(scan), Follower(scan, world.mapped_auxiliaries(scan)), seed)
         progress.advance(task)
-        traces = _compare(study, repeats, n_restarts, pool, progress)
+        before = beforehand(study, n_restarts, pool, progress)
+        traces = _compare(study, repeats, before, pool, progress)
         loops = {name: stops(study, name, repeats, pool, progress) for name in worlds}
-    result = _summary(study, repeats, traces, loops)
+    result = _summary(study, repeats, before, traces, loops)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         study_figure.draw(result, _curves(traces), out.with_suffix(".png"))
     except OSError as error:
@@ -85,10 +86,19 @@ def run_study(
     return result
 
 
-def _compare(study: Study, repeats: int, n_restarts: int, pool: ThreadPoolExecutor, progress: Progress) -> dict[str, list[Trace]]:
+def _check_writable(out: Path) -> None:
+    """Before minutes of work, not after."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise InputError(f"Cannot write {out}: {error.strerror}; give another file with --out.") from error
+
+
+def _compare(study: Study, repeats: int, before: Beforehand, pool: ThreadPoolExecutor, progress: Progress) -> dict[str, list[Trace]]:
     """Every schedule on the same phantoms, noise included."""
     approved = schedules.published(study.scan)
-    before = beforehand(study, n_restarts, pool, progress)
     make: dict[str, Callable[[Scene, np.random.Generator], Sequence[SaturationBlock]]] = {
         "published": lambda scene, rng: approved,
         "random": lambda scene, rng: schedules.random(study.prospect, len(approved), rng),
@@ -192,15 +202,22 @@ def _optimised(study: Study, n_restarts: int, progress: Progress) -> dict[float,
     """By horizon the best schedules, the best one first, for tissues drawn from the scan's priors: all that steering knows beforehand."""
     task = progress.add_task("optimise schedules", total=n_restarts * len(schedules.HORIZONS))
     scenes = [world.from_priors(study.scan, N_VOXELS, (study.seed, 10_000 + number)) for number in range(-(-N_DRAWS // N_VOXELS))]
-    draws = schedules.draws_at(study.prospect, np.concatenate([_shares(scene) for scene in scenes]), _relative_noise(scenes))
+    draws = _draws(study, scenes)
     rng, n_images, advance = np.random.default_rng((study.seed, 40_000)), len(study.scan.schedule) + 1, partial(progress.advance, task)
     return {horizon: schedules.optimise(study.prospect, draws, n_images, rng, n_restarts, horizon, advance) for horizon in schedules.HORIZONS}
 
 
 def _oracle(study: Study, scene: Scene, n_images: int, horizon: float, rng: np.random.Generator) -> list[SaturationBlock]:
     """Optimised for the true parameters, which nobody knows."""
-    draws = schedules.draws_at(study.prospect, _shares(scene), _relative_noise([scene]))
+    draws = _draws(study, [scene])
     return schedules.optimise(study.prospect, draws, n_images, rng, N_RESTARTS_ORACLE, horizon)[0]
+
+
+def _draws(study: Study, scenes: Sequence[Scene]) -> schedules.Draws:
+    """These scenes' voxels as draws, with all that is measured of them."""
+    measured = study.follower.measured
+    maps = [{name: measured(name, values[at]) for name, values in scene.maps.items()} for scene in scenes for at in range(scene.n_voxels)]
+    return schedules.draws_at(study.prospect, np.concatenate([_shares(scene) for scene in scenes]), maps, _relative_noise(scenes))
 
 
 def _shares(scene: Scene) -> np.ndarray:
@@ -254,7 +271,7 @@ def _reached(trace: Trace, target: float) -> Reached:
     return Reached(n + 1, float(trace.ends_s[n]), (float(f_error), float(k_error)), bool(len(hits)))
 
 
-def _summary(study: Study, repeats: int, traces: dict[str, list[Trace]], loops: dict[str, list[Trace]]) -> dict[str, Any]:
+def _summary(study: Study, repeats: int, before: Beforehand, traces: dict[str, list[Trace]], loops: dict[str, list[Trace]]) -> dict[str, Any]:
     as_described = loops.get("as described", [])
     return {
         "scan": study.scan.name,
@@ -263,6 +280,8 @@ def _summary(study: Study, repeats: int, traces: dict[str, list[Trace]], loops: 
         "seed": study.seed,
         "mapped": list(study.follower.mapped),
         "target": "median confidence-region area of (unsaturated image + published schedule) at its end, phantom by phantom",
+        "optimised_schedule": [block.model_dump() for block in before.optimised],
+        "steering_begins_with": [block.model_dump() for block in before.begin],
         **compared(traces, study.seed),
         "decisions_with_suggestion": _mean(advice.block is not None for trace in traces["adaptive"] for advice in trace.advice if advice),
         "worlds": {name: of_world(each, len(study.scan.schedule)) for name, each in loops.items()},

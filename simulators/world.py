@@ -261,9 +261,13 @@ def b0_off(scene: Scene) -> Scene:
 
 
 def maps_off(scene: Scene) -> Scene:
-    """T1 and T2 10 % beside their maps, or, without maps, beside their ranges."""
-    way = _either_way(scene)
-    return _with(scene, **{name: scene.values[name] * (1 + 0.1 * way) for name in ("t1_s", "t2_s")})
+    """T1 and T2 10 % beside their maps, or, without maps, 10 % beyond an end of their ranges."""
+    way, wrong = _either_way(scene), {}
+    for name in ("t1_s", "t2_s"):
+        span = scene.described.auxiliaries[name]
+        near = scene.values[name] if name in scene.maps else np.where(way > 0, span.upper, span.lower)
+        wrong[name] = near * (1 + 0.1 * way)
+    return _with(scene, **wrong)
 
 
 def wrong_first_state(scene: Scene) -> Scene:

@@ -42,11 +42,20 @@ def test_the_slowest_region_decides():
 
 
 @pytest.mark.parametrize(
-    ("halfwidth", "edge_mass", "expected"),
-    [((0.1, 0.1), (0.0, 0.0), True), ((0.3, 0.1), (0.0, 0.0), False), ((0.1, 0.1), (0.0, 0.03), False), ((np.inf, 0.1), (0.0, 0.0), False)],
+    ("halfwidth", "edge_mass", "sd", "expected"),
+    [
+        ((0.1, 0.1), (0.0, 0.0), (0.5, 0.5), True),
+        ((0.3, 0.1), (0.0, 0.0), (0.5, 0.5), False),
+        ((np.inf, 0.1), (0.0, 0.0), (0.5, 0.5), False),
+        ((0.1, 0.1), (0.0, 0.03), (0.5, 0.5), False),
+        ((0.1, 0.1), (0.01, 0.0), (0.5, 0.5), False),  # of a beta prior, with a limit of its own
+        ((0.1, 0.1), (0.0, 0.0), (0.5, 1.7), False),  # of a prior's 2
+    ],
 )
-def test_a_voxel_converges_when_both_targets_are_met_and_the_prior_does_not_limit_it(halfwidth, edge_mass, expected):
-    assert stopping.converged(RULE, np.array([halfwidth]), np.array([edge_mass]))[0] == expected
+def test_a_voxel_converges_when_both_targets_are_met_by_what_its_images_say(halfwidth, edge_mass, sd, expected):
+    rule = RULE._replace(prior_sd=(1.0, 2.0), prior_limit=(stopping.BETA_PRIOR_LIMIT, stopping.PRIOR_LIMIT))
+    covariance = np.diag(np.square(sd))[None]
+    assert stopping.converged(rule, np.array([halfwidth]), np.array([edge_mass]), covariance)[0] == expected
 
 
 def test_halfwidth_of_an_estimate_at_zero_is_infinite():

@@ -176,7 +176,7 @@ def test_a_place_far_from_the_posterior_lies_outside_of_all_regions(follower):
 
 
 def test_optimised_schedules_beat_random_ones_and_keep_limits_and_quota(prospect):
-    draws = schedules.draws_at(prospect, np.random.default_rng(0).uniform(0.2, 0.8, (8, 2)), world.NOISE)
+    draws = schedules.draws_at(prospect, np.random.default_rng(0).uniform(0.2, 0.8, (8, 2)), [{}] * 8, world.NOISE)
     made, other = schedules.optimise(prospect, draws, 24, np.random.default_rng(1), n_restarts=2)
     others = [schedules.random(prospect, 24, np.random.default_rng(seed)) for seed in range(3)]
     ours, next_best, *theirs = (schedules._objective(prospect, draws, schedule, 16.0) for schedule in (made, other, *others))
