@@ -87,7 +87,7 @@ def is_prior_limited(rule: Rule, edge_mass: Float[np.ndarray, "voxel 2"]) -> Boo
 
 def is_unidentified(rule: Rule, covariance: Float[np.ndarray, "voxel 2 2"]) -> Bool[np.ndarray, "voxel 2"]:
     """Posteriors that are little narrower than the prior."""
-    return np.sqrt(np.diagonal(covariance, axis1=1, axis2=2)) > UNIDENTIFIED * np.array(rule.prior_sd)
+    return np.sqrt(np.diagonal(np.asarray(covariance), axis1=1, axis2=2)) > UNIDENTIFIED * np.array(rule.prior_sd)
 
 
 def converged(

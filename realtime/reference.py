@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import jax
@@ -140,7 +141,7 @@ class Reference:
         """
         n_voxels = len(brightness)
         n_blocks = -(-n_voxels // BLOCK)
-        block_bytes = self._block_bytes()
+        block_bytes = self._block_bytes
         if n_blocks * block_bytes > MAX_BYTES:
             raise InputError(
                 f"The region has {n_voxels} voxels, the reference posterior holds at most {BLOCK * (MAX_BYTES // block_bytes)} of this scan; "
@@ -161,7 +162,7 @@ class Reference:
 
     def reserve(self, n_voxels: int) -> None:
         """Hold memory for so many voxels before the first image says how many there are: fresh memory costs as much as an update."""
-        n_blocks = min(-(-n_voxels // BLOCK), RESERVED_BYTES // self._block_bytes())
+        n_blocks = min(-(-n_voxels // BLOCK), RESERVED_BYTES // self._block_bytes)
         self._spare = jax.block_until_ready([self.empty(BLOCK) for _ in range(n_blocks)])
 
     def absorb(self, expected: Float[jax.Array, "node point"], signal: Float[np.ndarray, " voxel"], noise: NoiseEstimate) -> Info:
@@ -234,6 +235,7 @@ class Reference:
         """Running sums without any image, on the same lattice as `columns`."""
         return likelihood.init(n_voxels, self._n_mixture, len(self._coefficients) + 1, (box or self.prior.box).n_cells)
 
+    @cached_property
     def _block_bytes(self) -> int:
         """Of a block's running sums."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.empty(BLOCK))))

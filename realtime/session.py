@@ -362,7 +362,7 @@ class Session:
         advice = self._advisor.advise(*self._reference.for_advice(info, steady), self._estimate, repetition, is_enough)
         may_stop = meets_targets or stopping.is_futile(self._rule, advice.remaining_gain)
         told = {}
-        if may_stop and left_out is None:
+        if (may_stop or not self._fit.passed) and left_out is None:
             told = self._reference.exact.told(advice.beyond)
             self._fit = lack_of_fit.within_ranges(self._fit, told)
             self._record = lack_of_fit.judged(self._record, self._fit, n)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from scipy.stats import beta, loguniform, uniform
 
 from scansteer.core.errors import InputError
 from scansteer.protocols.larg_phantom import PUBLISHED
-from scansteer.protocols.scan import Scan, from_yaml, to_yaml
+from scansteer.protocols.scan import Parameter, Scan, from_yaml, to_yaml
 
 Description = dict[str, Any]
 
@@ -83,3 +84,8 @@ def test_every_field_of_the_schema_says_what_it_means():
     schema = Scan.model_json_schema()
     models = {"Scan": schema, **schema["$defs"]}
     assert not [f"{model}.{name}" for model, each in models.items() for name, field in each["properties"].items() if not field.get("description")]
+
+
+@pytest.mark.parametrize(("shape", "draw"), [("uniform", uniform(2.0, 6.0)), ("log-uniform", loguniform(2.0, 8.0)), ("beta", beta(2, 2, 2.0, 6.0))])
+def test_the_standard_deviation_of_a_prior(shape, draw):
+    assert Parameter(lower=2.0, upper=8.0, prior=shape).prior_sd == pytest.approx(draw.std())

@@ -7,13 +7,15 @@ import time
 import numpy as np
 import pytest
 
-from scansteer.core import lack_of_fit
+from scansteer.core import lack_of_fit, stopping
 from scansteer.core.errors import InputError
 from scansteer.protocols.larg_phantom import PUBLISHED
 from scansteer.protocols.scan import Auxiliary, Noise, Scan, Stop
 from scansteer.realtime.images import Frame, Geometry
 from scansteer.realtime.messages import Decision, Pulse
-from scansteer.realtime.session import Session
+from scansteer.realtime.region_report import Reporter
+from scansteer.realtime.roi import Region
+from scansteer.realtime.session import Session, rule_of
 from scansteer.realtime.worker import Setup
 from scansteer.simulators.phantom import Magnet, three_vials
 
@@ -82,7 +84,7 @@ def test_every_decision_says_what_the_means_say(played, scan):
 
 def test_nothing_is_compiled_after_ready(played, compilations):
     assert compilations  # there is something to count
-    assert played[2] == 0
+    assert played[2] == 0, compilations[-played[2] :]
 
 
 def test_every_decision_carries_its_regions_and_counts(played, scan):
@@ -225,16 +227,70 @@ def test_one_image_of_another_pulse_forbids_a_stop_until_it_is_excluded(scan):
     assert all(decision.lack_of_fit.passed for decision in play(without, spoilt[5:]))
 
 
+def test_a_region_that_does_not_fit_by_itself_forbids_a_stop(scan, frames):
+    """One of three vials reads the image of another pulse: the median voxel does not."""
+    phantom = three_vials(scan)
+    wrong = Magnet(phantom, scan, seed=5).play(scan.schedule[3])
+    mixed = np.where(phantom.labels == 3, wrong, frames[2].pixels)
+    decisions = play(session(scan), [*frames[:2], Frame(mixed, phantom.geometry, repetition=2), *frames[3:]])
+    assert (decisions[-1].lack_of_fit.region, decisions[-1].cause) == ("c", "veto")
+    assert "region 'c' by itself" in decisions[-1].reason
+    assert decisions[-1].regions[2].fraction_unexplained > 0.5
+    assert max(region.fraction_unexplained for region in decisions[-1].regions[:2]) < 0.05
+
+
+def test_decisions_say_what_going_on_is_worth(played):
+    _, decisions, _ = played
+    for decision in decisions:
+        assert decision.gains.next_pulse == (None if decision.next_pulse is None else decision.next_pulse.expected_gain)
+        assert decision.gains.remaining >= 0.9 * decision.gains.scheduled
+    assert decisions[0].gains.remaining > decisions[0].gains.scheduled > 0
+    assert (decisions[-1].gains.scheduled, decisions[-1].gains.remaining) == (0, 0)
+    first, last = (decision.regions[0].parameters for decision in (decisions[0], decisions[-1]))
+    assert all(each.fraction_not_identifiable == 1 for each in first.values())  # one image tells nothing
+    assert all(each.fraction_not_identifiable == 0 for each in last.values())
+
+
+def test_the_rule_knows_the_prior(scan):
+    priors = dict(zip(scan.parameter_names, ("beta", "uniform"), strict=True))
+    parameters = {name: each.model_copy(update={"prior": priors[name]}) for name, each in scan.parameters.items()}
+    rule = rule_of(scan.model_copy(update={"parameters": parameters}))
+    assert rule.prior_limit == (stopping.BETA_PRIOR_LIMIT, stopping.PRIOR_LIMIT)
+    assert rule.prior_sd == tuple(each.prior_sd for each in parameters.values())
+
+
+def test_voxels_that_moved_are_left_out_of_what_is_said_of_their_region(scan, played):
+    one, decisions, _ = played
+    at = np.arange(40)
+    few, many, none = (np.isin(np.arange(len(one._info.nrmse)), at[:n]) for n in (4, 20, 0))
+    reporter = Reporter(scan.parameter_names, rule_of(scan))
+    mean = [decisions[-1].regions[0].mean_signal]
+
+    def report(moved, unexplained):
+        return reporter.report([Region("a", at)], [at], one._info, moved, unexplained, mean)[0]
+
+    plain, without, halved, strange = report(none, none), report(few, none), report(many, none), report(none, few)
+    assert [each.fraction_moved for each in (plain, without, halved)] == [0, 0.1, 0.5]
+    estimates = one._info.summary.map[:40, 0]
+    name = scan.parameter_names[0]
+    assert without.parameters[name].median == pytest.approx(np.median(estimates[4:]))
+    assert halved.parameters[name].median == plain.parameters[name].median == pytest.approx(np.median(estimates))
+    assert halved.fraction_converged <= 0.5
+    assert strange.fraction_unexplained == 0.1
+    assert strange.fraction_converged <= plain.fraction_converged
+    assert all(each.n_voxels == 40 for each in (plain, without, halved))
+
+
 def test_a_stop_is_refused_where_what_was_not_measured_lies_beyond_its_range(scan, frames):
     """T1 is 2.9 s; the scan that is described allows for up to 2.5 s."""
     easy = {name: parameter.model_copy(update={"target_halfwidth_relative": 50.0}) for name, parameter in scan.parameters.items()}
     narrow = {**scan.auxiliaries, "t1_s": Auxiliary(lower=2.2, upper=2.5)}
     stop = Stop(n_min=6, fraction_converged=0.5)
     decisions = play(session(scan.model_copy(update={"parameters": easy, "auxiliaries": narrow, "stop": stop})), frames)
-    refused = [decision for decision in decisions if not decision.lack_of_fit.passed]
+    refused = [decision for decision in decisions if decision.lack_of_fit.outside]
     assert len(refused) >= 2
     for decision in refused:
-        assert (decision.lack_of_fit.outside, decision.cause) == ("t1_s", "veto")
+        assert (decision.lack_of_fit.outside, decision.lack_of_fit.passed, decision.cause) == ("t1_s", False, "veto")
         assert "t1_s lies beyond the range that the scan states" in decision.reason
 
 
@@ -275,17 +331,17 @@ def test_a_stop_waits_for_the_operator_where_the_scan_says_so(scan, frames):
     easy = {name: parameter.model_copy(update={"target_halfwidth_relative": 50.0}) for name, parameter in scan.parameters.items()}
     asking = scan.model_copy(update={"parameters": easy, "stop": Stop(n_min=3, operator_confirmation=True, fraction_converged=0.5)})
     one = session(asking)
-    *before, proposed = play(one, frames[:4])
-    assert [decision.cause for decision in before] == ["target", "few-images", "operator"]
+    *before, proposed = play(one, frames[:5])
+    assert [decision.cause for decision in before] == ["target", "target", "confirming", "operator"]  # two images leave what the prior says
     is_probe = [decision.next_pulse.expected_gain == 0 for decision in (*before, proposed)]
-    assert is_probe == [False, True, True, False]  # from when the targets are met until a stop has been proposed
-    assert (proposed.action, proposed.cause, proposed.would_stop_at) == ("continue", "operator", 3)
+    assert is_probe == [False, False, True, True, False]  # from when the targets are met until a stop has been proposed
+    assert (proposed.action, proposed.cause, proposed.would_stop_at) == ("continue", "operator", 4)
     confirmed = one.confirm_stop()
-    assert (confirmed.action, confirmed.sequence_number, confirmed.next_pulse) == ("stop", 4, None)
+    assert (confirmed.action, confirmed.sequence_number, confirmed.next_pulse) == ("stop", 5, None)
     with pytest.raises(InputError, match="no stop to confirm"):
         one.confirm_stop()
-    after = play(one, frames[4:5])[0]
-    assert (after.action, after.sequence_number) == ("stop", 5)
+    after = play(one, frames[5:6])[0]
+    assert (after.action, after.sequence_number) == ("stop", 6)
 
 
 def test_a_region_without_signal_is_said_and_its_mean_has_no_estimate(scan, frames):
