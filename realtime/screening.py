@@ -3,7 +3,7 @@
 Typed: an image that its header declares a dummy, or to be no image. Detected: a duplicate, an image that was rescaled or is of another kind
 (`core.rescaling`), an image of a subject that moved, voxels that hold other tissue than before (`core.continuity`). An image that does not
 count leaves no trace in the posterior but its pulse; where too many do not count, it is the model that is in doubt. A voxel that moved is
-followed on, and does not count as converged while the model does not explain it.
+followed on, and left out of what is said of its region while the model does not explain it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from scansteer.realtime.images import Frame
 NOISELESS = 1e-3
 """Noise over signal below which images were simulated without noise: no scanner's are that quiet."""
 FEW_VALUES, FEW_MATERIALS = 0.02, 10
-"""An image of so few different values, as a share of the voxels or in number, was simulated without noise."""
+"""An image of so few different values, as a share of its pixels that are not zero or in number (of at most half of them), was simulated without
+noise."""
 FEWEST_STRANGE, LARGEST_STRANGE_SHARE = 2, 0.2
 """Images that were not what was expected, in number and as a share of those looked at, from which on it is the model that is not trusted."""
 
@@ -80,7 +81,7 @@ class Screen:
             darker or brighter, is told by any model.
         """
         self._departure = None
-        if (earlier := self._duplicate_of(frame, signal)) is not None:
+        if (earlier := self._duplicate_of(frame)) is not None:
             return f"The image of repetition {frame.repetition} is left out: it is a duplicate, pixel by pixel, of that of repetition {earlier}."
         strange = self._strangeness(signal, foresight, is_trusted)
         self._n_looked_at += 1
@@ -137,13 +138,14 @@ class Screen:
         """Of one pixel, from the images that count."""
         return noise.from_images(self._continuity.gram, self.history.shape[1], effective_voxel_fraction)
 
-    def _duplicate_of(self, frame: Frame, signal: Float[np.ndarray, " voxel"]) -> int | None:
+    def _duplicate_of(self, frame: Frame) -> int | None:
         """Repetition of an earlier image with the same pixels: noise never comes twice. Images simulated without noise may."""
         earlier = self._seen.get(_identity(frame))
-        return None if earlier is None or self._is_noiseless(signal) else earlier
+        return None if earlier is None or self._is_noiseless(frame) else earlier
 
-    def _is_noiseless(self, signal: Float[np.ndarray, " voxel"]) -> bool:
-        if len(np.unique(signal)) <= max(FEW_VALUES * len(signal), FEW_MATERIALS):
+    def _is_noiseless(self, frame: Frame) -> bool:
+        values = frame.pixels[frame.pixels != 0]
+        if len(np.unique(values)) <= max(FEW_VALUES * len(values), min(FEW_MATERIALS, len(values) / 2)):
             return True
         if len(self.history) < continuity.FIRST:
             return False

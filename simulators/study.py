@@ -73,6 +73,7 @@ def run_study(
         task = progress.add_task("simulate the candidates", total=1)
         study = Study(scan, Prospect(scan), Follower(scan, world.mapped_auxiliaries(scan)), seed)
         progress.advance(task)
+        _said(progress, f"simulated {len(study.prospect.candidates)} candidates")
         before = beforehand(study, n_restarts, pool, progress)
         traces = _compare(study, repeats, before, pool, progress)
         loops = {name: stops(study, name, repeats, pool, progress) for name in worlds}
@@ -143,11 +144,11 @@ def beforehand(study: Study, n_restarts: int, pool: ThreadPoolExecutor, progress
     made = [(horizon, schedule) for horizon, each in by_horizon.items() for schedule in each[:N_TRIED]]
     scenes = [world.solution(study.scan, N_VOXELS, (study.seed, 30_000 + number)) for number in range(N_TRIALS)]
     targets = [target for target, _ in pool.map(partial(to_target, study), scenes)]
-    fixed = _tried(study, [(schedule, len(schedule)) for _, schedule in made], scenes, targets, pool, progress)
+    fixed = _tried(study, "try schedules", [(schedule, len(schedule)) for _, schedule in made], scenes, targets, pool, progress)
     best = int(np.argmin(np.prod(fixed, axis=1)))
     horizon, optimised = made[best]
     begins = _begins(study.prospect, optimised, [each[0] for each in by_horizon.values()])
-    steered = _tried(study, [(_begun(begin, optimised), len(begin)) for begin in begins], scenes, targets, pool, progress)
+    steered = _tried(study, "try beginnings", [(_begun(begin, optimised), len(begin)) for begin in begins], scenes, targets, pool, progress)
     begin = begins[int(np.argmin(np.max(steered / fixed[best], axis=1)))]
     return Beforehand(optimised, horizon, begin, {each: found[0] for each, found in by_horizon.items()})
 
@@ -169,6 +170,7 @@ def _begins(prospect: Prospect, best: list[SaturationBlock], made: Sequence[list
 
 def _tried(
     study: Study,
+    label: str,
     ways: Sequence[tuple[list[SaturationBlock], int]],
     scenes: Sequence[Scene],
     targets: Sequence[float],
@@ -176,14 +178,16 @@ def _tried(
     progress: Progress,
 ) -> Float[np.ndarray, "way 2"]:
     """Mean images and seconds to the targets of schedules of which so many images are played before they are steered."""
-    task = progress.add_task("try them", total=len(ways))
+    task = progress.add_task(label, total=len(ways))
 
     def one(way: tuple[list[SaturationBlock], int]) -> np.ndarray:
         found = [_reached(until_target(study, *each, *way), each[1]) for each in zip(scenes, targets, strict=True)]
         progress.advance(task)
         return np.mean([(each.images, each.seconds) for each in found], axis=0)
 
-    return np.stack(list(pool.map(one, ways)))
+    found = np.stack(list(pool.map(one, ways)))
+    _said(progress, f"{label}: {len(ways)} done")
+    return found
 
 
 def to_target(study: Study, scene: Scene) -> tuple[float, Trace]:
@@ -204,7 +208,9 @@ def _optimised(study: Study, n_restarts: int, progress: Progress) -> dict[float,
     scenes = [world.from_priors(study.scan, N_VOXELS, (study.seed, 10_000 + number)) for number in range(-(-N_DRAWS // N_VOXELS))]
     draws = _draws(study, scenes)
     rng, n_images, advance = np.random.default_rng((study.seed, 40_000)), len(study.scan.schedule) + 1, partial(progress.advance, task)
-    return {horizon: schedules.optimise(study.prospect, draws, n_images, rng, n_restarts, horizon, advance) for horizon in schedules.HORIZONS}
+    found = {horizon: schedules.optimise(study.prospect, draws, n_images, rng, n_restarts, horizon, advance) for horizon in schedules.HORIZONS}
+    _said(progress, f"optimise schedules: {n_restarts} starts for each of {len(found)} courses done")
+    return found
 
 
 def _oracle(study: Study, scene: Scene, n_images: int, horizon: float, rng: np.random.Generator) -> list[SaturationBlock]:
@@ -252,7 +258,14 @@ def _all(one: Callable[[int], Trace], numbers: Iterable[int], label: str, pool: 
     for trace in pool.map(one, numbers):
         done.append(trace)
         progress.advance(task)
+    _said(progress, f"{label}: {len(done)} done")
     return done
+
+
+def _said(progress: Progress, sentence: str) -> None:
+    """Where no bar can be drawn a line says how far it is."""
+    if not progress.disable and not progress.console.is_terminal:
+        progress.console.print(sentence)
 
 
 class Reached(NamedTuple):

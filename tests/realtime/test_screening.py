@@ -50,6 +50,19 @@ def test_a_duplicate_is_named_with_the_image_that_it_repeats():
     assert "duplicate, pixel by pixel, of that of repetition 1" in follow(signals, 4).look(frame(signals[1], 4), signals[1], None, True)
 
 
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_a_duplicate_is_found_in_a_region_of_few_voxels_too(is_masked):
+    signals = images()
+    if is_masked:  # all else is zero
+        signals[:, 8:] = 0.0
+    screen = Screen()
+    screen.begin(8)
+    for number in (0, 1):
+        assert screen.look(frame(signals[number], number), signals[number, :8], None, True) is None
+        screen.keep(frame(signals[number], number), signals[number, :8])
+    assert "duplicate" in screen.look(frame(signals[0], 2), signals[0, :8], None, True)
+
+
 def test_images_without_noise_may_repeat():
     signals = images(sigma=0.0)
     assert follow(signals, 8).look(frame(signals[7], 8), signals[7], None, True) is None
