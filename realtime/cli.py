@@ -42,7 +42,7 @@ EncoderOption = Annotated[str | None, typer.Option("--encoder", metavar="FILE|no
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("scansteer-demo")) -> None:
-    """Virtual scanner, service and controller, end to end, in about a minute."""
+    """Virtual scanner, service and controller, end to end, in about a minute on an idle machine, in several on a busy one."""
     from scansteer.simulators.demo import run_demo
 
     run_demo(out)

@@ -199,6 +199,8 @@ class HostedSession:
         if message.decision is not None and message.decision != latest:
             made = f"the latest is {latest}" if self.decisions else "there is none yet"
             raise ProtocolError("conflict", f"Decision {message.decision} cannot be confirmed: {made}.")
+        if message.command == "confirm" and not self.scan.stop.operator_confirmation:
+            raise ProtocolError("conflict", f"There is no stop to confirm: scan {self.scan.name!r} asks for none (stop.operator_confirmation).")
 
     def append(self, frames: Sequence[Bytes]) -> Entry:
         """Write a message down. Durable after `sync`."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from scansteer.core.errors import InputError
+from scansteer.protocols.larg_phantom import PUBLISHED
+from scansteer.protocols.scan import Scan
 from scansteer.realtime.client import Client
 from scansteer.realtime.connection import RefusedError
 from scansteer.realtime.journal import Entry
@@ -32,6 +34,11 @@ def proposing(fake_session: type) -> Callable[[Setup], object]:
             return self.last.model_copy(update={"action": "stop"})
 
     return Proposing
+
+
+@pytest.fixture
+def scan(scan: Scan) -> Scan:
+    return scan.model_copy(update={"stop": scan.stop.model_copy(update={"operator_confirmation": True})})
 
 
 @pytest.fixture
@@ -99,3 +106,18 @@ def test_a_confirmation_without_a_proposal_changes_nothing_and_is_said(opened, m
     following = given(client)
     assert (following.action, following.sequence_number) == ("continue", 1)
     assert client.session_status(session_id).warnings == ("There is no stop to confirm.",)
+
+
+def test_a_scan_that_asks_for_no_confirmation_refuses_one(service, make_image):
+    with Client(service.endpoint) as client:
+        session_id = client.open(PUBLISHED)
+        client.wait_ready(session_id)
+        client.subscribe(session_id)
+        client.send_image(session_id, make_image(0))
+        latest = given(client)
+        for decision in (None, latest.sequence_number):
+            with pytest.raises(RefusedError, match=r"no stop to confirm: scan 'larg-phantom-9\.4T' asks for none") as refused:
+                client.control(session_id, "confirm", decision=decision)
+            assert refused.value.code == "conflict"
+        client.control(session_id, "pause")
+        assert client.session_status(session_id).warnings == ()

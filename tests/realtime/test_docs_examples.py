@@ -21,6 +21,8 @@ from scansteer.realtime.admission import Peer, choose
 from scansteer.realtime.client import Client
 from scansteer.realtime.config import GatewayConfig, ServeConfig, load
 from scansteer.realtime.controller import Controller
+from scansteer.realtime.images import Geometry
+from scansteer.realtime.outputs import write_maps
 from scansteer.realtime.sources import check_against, open_source
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -128,3 +130,13 @@ def test_the_pages_program_sends_images_and_hears_a_decision_on_each(service, mo
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in said[:-1]] == [["1", "continue"], ["2", "continue"], ["3", "continue"]]
     assert "'n_images': 3" in said[-1]
+
+
+def test_a_maps_header_extension_says_what_the_page_says(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_maps(Path("results/maps"), {"fs_map": np.ones((1, 3, 4))}, Geometry((4, 3, 1)), {"scan": "mine", "versions": {"scansteer": "0"}}, 7)
+    names: dict = {}
+    exec(python_after("read-the-outputs.md", "Maps"), names)
+    assert names["fraction"].shape == (4, 3, 1)
+    told = {"map": "fs_map", "scan": "mine", "n_images": 7, "versions": {"scansteer": "0"}}
+    assert told.items() <= names["about"].items()
