@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 from jaxtyping import Float
 
-from scansteer.protocols.limits import Blocks, within_ranges
+from scansteer.protocols.limits import Blocks, allowed, within_ranges
 from scansteer.protocols.scan import Range, Scan
 
 AT_LEAST = 500
@@ -38,6 +38,15 @@ def candidates(scan: Scan, at_least: int = AT_LEAST) -> Blocks:
         levels[name] = -(-5 * levels[name] // 4)
         turn += 1
     return made
+
+
+def what_is_lacking(scan: Scan) -> str | None:
+    """Which pulses no suggestion can be, even before anything was played, as half a sentence; none where all is well."""
+    offered = candidates(scan)
+    if not len(offered):
+        return "leave no pulse at all that lasts any time"
+    is_pulse = allowed(scan.limits, scan.train, [], offered) & (offered.b1_ut > 0) & (offered.t_sat_s > 0)
+    return None if is_pulse.any() else "leave no pulse that saturates, only images without saturation"
 
 
 def probes(scan: Scan) -> Blocks:

@@ -242,6 +242,11 @@ class Stop(Model):
     """A stop is proposed and waits for the operator's confirmation; off: it is called. (Whether a called stop is obeyed is the controller's
     business: by default it only advises.)"""
 
+    @property
+    def earliest(self) -> int:
+        """The least number of images at which a stop can be called: images before the `n_min`-th count as confirmations."""
+        return max(self.n_min, self.confirmations)
+
 
 class Limits(Model):
     """What the hardware and the SAR supervision allow; a suggestion never leaves it."""

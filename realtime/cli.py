@@ -227,7 +227,8 @@ def scans_export(name: str, file: Annotated[Path | None, typer.Argument(help="De
 
 @scans_app.command("check")
 def scans_check(file: str) -> None:
-    """Is this scan file usable, and does its schedule keep its own limits?"""
+    """Is this scan file usable, does its schedule keep its own limits, can it be stopped, and are there pulses to suggest?"""
+    from scansteer.protocols.candidates import what_is_lacking
     from scansteer.protocols.limits import check_schedule
 
     scan = _scan(file)
@@ -239,6 +240,13 @@ def scans_check(file: str) -> None:
             f"Warning: in the approved schedule {beyond[0]}{more}; it is played as it stands, while no such pulse is suggested: "
             "change the schedule or the limit if that is not meant."
         )
+    if scan.stop.earliest > len(scan.schedule):
+        name, given = max(("n_min", scan.stop.n_min), ("confirmations", scan.stop.confirmations), key=lambda each: each[1])
+        typer.echo(
+            f"Warning: no stop is possible: stop.{name} = {given}, while the schedule has {len(scan.schedule)} images; lower it if stops are wanted."
+        )
+    if lacking := what_is_lacking(scan):
+        typer.echo(f"Warning: the limits {lacking}: look at their t_sat_s, t_rec_s, duty_cycle_max and b1rms if pulses are to be suggested.")
 
 
 @sessions_app.command("list")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from scansteer.protocols.candidates import what_is_lacking
+from scansteer.protocols.limits import check_schedule
 from scansteer.protocols.scan import Scan, from_yaml
 from scansteer.realtime import cli
 from scansteer.realtime.messages import Decision, RegionReport
@@ -52,7 +54,10 @@ def test_the_commands_about_scans_run_in_the_order_of_the_page(tmp_path: Path, m
 
 def test_the_example_scan_is_valid_and_every_field_of_a_scan_is_told() -> None:
     page = ROOT / "docs" / "describe-your-scan.md"
-    assert len(from_yaml(blocks(page, "yaml")[0]).schedule) == 4
+    example = from_yaml(blocks(page, "yaml")[0])
+    assert (len(example.schedule), example.stop.earliest) == (4, 3)
+    assert not check_schedule(example)
+    assert what_is_lacking(example) is None
     told = set(re.findall(r"^- \*\*(\w+)\*\*", page.read_text(), re.MULTILINE))
     assert told == set(Scan.model_fields) - {"schema_version", "name", "description", "field_t", "matrix"}
 

@@ -5,7 +5,7 @@ import pytest
 
 from scansteer.protocols import limits
 from scansteer.protocols.builtin import BUILTIN
-from scansteer.protocols.candidates import AT_LEAST, candidates, probes
+from scansteer.protocols.candidates import AT_LEAST, candidates, probes, what_is_lacking
 from scansteer.protocols.scan import Range
 
 PHANTOM = BUILTIN["larg-phantom-9.4T-wide"]
@@ -59,3 +59,21 @@ def test_candidates_are_the_same_every_time():
 def test_limits_in_which_every_pulse_lasts_no_time_leave_none():
     nothing = with_limits(t_sat_s=Range(lower=0, upper=0), t_rec_s=Range(lower=0, upper=0))
     assert len(candidates(nothing)) == len(probes(nothing)) == 0
+
+
+@pytest.mark.parametrize("name", sorted(BUILTIN))
+def test_built_in_scans_lack_no_pulses(name):
+    assert what_is_lacking(BUILTIN[name]) is None
+
+
+@pytest.mark.parametrize(
+    ("update", "said"),
+    [
+        ({"duty_cycle_max": 0.01}, "leave no pulse that saturates"),
+        ({"b1rms_10s_ut": 1e-3}, "leave no pulse that saturates"),
+        ({"t_sat_s": Range(lower=0, upper=0)}, "leave no pulse that saturates"),
+        ({"t_sat_s": Range(lower=0, upper=0), "t_rec_s": Range(lower=0, upper=0)}, "leave no pulse at all"),
+    ],
+)
+def test_what_limits_leave_out_is_said(update, said):
+    assert said in (what_is_lacking(with_limits(**update)) or "")

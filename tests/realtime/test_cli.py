@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from scansteer.protocols.larg_phantom import PUBLISHED
-from scansteer.protocols.scan import Auxiliary, Range, Scan, to_yaml
+from scansteer.protocols.scan import Auxiliary, Range, Scan, Stop, to_yaml
 from scansteer.realtime import cli
 from scansteer.realtime.config import ServeConfig
 from scansteer.realtime.connection import ServiceSilentError
@@ -191,7 +191,7 @@ def test_scan_files_make_the_round_trip(monkeypatch, capsys, tmp_path):
 
 def test_a_schedule_beyond_its_own_limits_is_usable_and_said(monkeypatch, capsys, scan, tmp_path):
     path, tight = tmp_path / "mine.yaml", scan.limits.model_copy(update={"offset_ppm": Range(lower=3.5, upper=5)})
-    path.write_text(to_yaml(scan.model_copy(update={"limits": tight})))
+    path.write_text(to_yaml(scan.model_copy(update={"limits": tight, "stop": Stop(n_min=4)})))
     code, out, error = run(monkeypatch, capsys, "scans", "check", path)
     assert (code, error) == (0, "")
     assert "4 images" in out.splitlines()[0]
@@ -199,6 +199,33 @@ def test_a_schedule_beyond_its_own_limits_is_usable_and_said(monkeypatch, capsys
     place = "offset_ppm = 3 ppm, outside limits.offset_ppm = 3.5 .. 5 ppm"
     for said in ("Warning: ", "repetition 0 ", place, "4 repetitions", "change the schedule or the limit"):
         assert said in warning
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        ({"n_min": 5}, "stop.n_min = 5, while the schedule has 4 images"),
+        ({"n_min": 3, "confirmations": 5}, "stop.confirmations = 5, while the schedule has 4 images"),
+        ({"n_min": 4, "confirmations": 4}, None),  # images before the fourth count as confirmations
+    ],
+)
+def test_a_stop_that_no_image_of_the_schedule_can_bring_is_said(monkeypatch, capsys, scan, tmp_path, stop, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(to_yaml(scan.model_copy(update={"stop": Stop(**stop)})))
+    code, out, error = run(monkeypatch, capsys, "scans", "check", path)
+    assert (code, error) == (0, "")
+    warnings = out.splitlines()[1:]
+    assert len(warnings) == (said is not None)
+    assert all(line.startswith("Warning: no stop is possible: ") and said in line for line in warnings)
+
+
+def test_limits_without_a_pulse_to_suggest_are_said(monkeypatch, capsys, scan, tmp_path):
+    path, nothing = tmp_path / "mine.yaml", Range(lower=0, upper=0)
+    limits = scan.limits.model_copy(update={"t_sat_s": nothing, "t_rec_s": nothing})
+    path.write_text(to_yaml(scan.model_copy(update={"limits": limits, "stop": Stop(n_min=4)})))
+    code, out, error = run(monkeypatch, capsys, "scans", "check", path)
+    assert (code, error) == (0, "")
+    assert out.splitlines()[-1].startswith("Warning: the limits leave no pulse at all that lasts any time: look at their t_sat_s")
 
 
 def test_an_interruption_is_said_and_is_no_success(monkeypatch, capsys):
