@@ -5,7 +5,8 @@ the sum over images at most as scattered as a chi-squared with one degree of fre
 together. After: is what the fit leaves no more than noise and the allowed discrepancy? Averaged over voxels noise leaves little doubt; an
 error that all voxels share (discrepancy, unmeasured nuisances) is a single draw however many voxels there are, and is judged as one. And once
 the targets are met: do the images put what was not measured within the ranges that the scan states? Parameters that were sought with B0 held to too
-narrow a range are as narrow, and wrong. Far beyond is a refusal; while something is somewhat beyond, a stop waits.
+narrow a range are as narrow, and wrong. Far beyond is a refusal; while something is somewhat beyond, a stop waits. (It is asked as well where the
+model was found not to fit: it may be why.)
 
 A refusal holds: a posterior that has absorbed images it cannot explain stays where they have put it, and images that agree with it later only
 hide that. (Of simulated scans with a wrong first state that stopped around a wrong value three in four had been refused before.)

@@ -174,11 +174,11 @@ def _lagrange(n_nodes: int, x: Float[np.ndarray, " x"]) -> list[Float[np.ndarray
 
 
 @cache
-def _basis(n_nodes: int) -> list[Float[np.ndarray, "power node"]]:
+def _basis(n_nodes: int) -> tuple[Float[np.ndarray, "power node"], ...]:
     """Chebyshev coefficients of these polynomials (column j: that of node j), and of their derivatives."""
     cheb = np.polynomial.chebyshev
     polynomials = np.linalg.inv(cheb.chebvander(_chebyshev_nodes(n_nodes), n_nodes - 1))
-    return [polynomials, *(cheb.chebder(polynomials, order) for order in (1, 2))]
+    return polynomials, *(cheb.chebder(polynomials, order) for order in (1, 2))
 
 
 def _outer(factors: Sequence[Float[np.ndarray, " node_i"]]) -> Float[np.ndarray, " node"]:

@@ -57,6 +57,8 @@ class Advice(NamedTuple):
     """Of the rest of the schedule together, at most `MOST_AHEAD` images: what stopping now would forgo."""
     beyond: Float[np.ndarray, " nuisance"]
     """As in `design.Answer`."""
+    best_gain: float
+    """Of the candidate that is expected to tell most, whatever it costs; 0 without one."""
 
 
 class Course(NamedTuple):
@@ -214,10 +216,11 @@ class Prospect:
             The targets are met and only the least number of images or confirmations are missing: what the model says of itself is known well enough,
             and the next image had better test it (`probe`; no gain is promised).
         """
-        advice = Advice(None, 0.0, float(answer.scheduled), float(answer.remaining), np.asarray(answer.beyond, float))
+        gains = np.where(self.allowed(course), np.asarray(answer.candidates), -np.inf)
+        most = max(0.0, float(np.max(gains, initial=0.0)))
+        advice = Advice(None, 0.0, float(answer.scheduled), float(answer.remaining), np.asarray(answer.beyond, float), most)
         if is_enough and (block := self.probe(course)) is not None:
             return advice._replace(block=block)
-        gains = np.where(self.allowed(course), np.asarray(answer.candidates), -np.inf)
         worth = gains / self.cost(self.candidates)
         if not np.isfinite(best := float(np.max(worth, initial=-np.inf))):
             return advice

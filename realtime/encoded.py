@@ -149,7 +149,7 @@ class Encoded:
         if self.source == "reference" or self._sampled is None:
             return self._reference, info, regions
         inside = [np.flatnonzero(np.isin(self._audited, region)) for region in regions]
-        return self._reference, self._sampled, [each for each in inside if len(each)]
+        return self._reference, self._sampled, [each for each in inside if len(each)] or [np.arange(len(self._audited))]
 
     def close(self) -> None:
         self._volume.close()

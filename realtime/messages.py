@@ -71,7 +71,8 @@ class RegionReport(Message):
     fraction_converged: float
     """Of the voxels that did not move; of all where more than a fifth did."""
     fraction_moved: float = 0.0
-    """Voxels that were found to hold other tissue than before; nothing else that is said of the region looks at them."""
+    """Voxels that were found to hold other tissue than before. Medians and shares leave them out, unless they are more than a fifth of the region:
+    then they count as not converged."""
     fraction_unexplained: float = 0.0
     """Voxels of which the model, each by itself, leaves more than noise does in all but one of a thousand; they do not count as converged."""
     mean_signal: MeanReport | None = None
@@ -104,7 +105,8 @@ class LackOfFit(Message):
     prediction: float | None = None
     """Squared error of the predictions over what was expected of it, mean over the images so far: 1 if the model holds."""
     outside: str | None = None
-    """What was not measured (`b0_ppm`, ..), and lies beyond the range that the scan states; looked for where a stop is near, and kept."""
+    """What was not measured (`b0_ppm`, ..), and may lie beyond the range that the scan states; looked for where a stop is near or the model does not
+    fit, and kept."""
     region: str | None = None
     """The region that was first found not to fit though all voxels together did; kept."""
 
@@ -113,8 +115,8 @@ class Gains(Message):
     """What going on is expected to take off the logarithm of the confidence region's area, and so what stopping forgoes; mean over the sampled voxels
     [nat]."""
 
-    next_pulse: float | None
-    """By the suggested pulse; null without one. A probe promises nothing: 0."""
+    best: float | None
+    """By the candidate that is expected to tell most, whatever it costs; 0 where limits and quota leave none."""
     scheduled: float | None
     """By the schedule's next block; 0 at its end."""
     remaining: float | None

@@ -130,8 +130,9 @@ class Remote:
         self._client.subscribe(self._session_id, last_decision=self._seen)  # a controller that is not heard of is forgotten
         if repetition > self._next:
             self._client.declare_missing(self._session_id, range(self._next, repetition))
-        self._next = repetition + 1
+            self._next = repetition
         self._client.send_image(self._session_id, image.message)
+        self._next = repetition + 1
         decision = self._answer(repetition)
         self._client.acknowledge(decision)
         self._seen = decision.sequence_number
@@ -141,8 +142,10 @@ class Remote:
         deadline = time.monotonic() + self.DECISION_TIMEOUT_S
         while (message := self._client.receive(max(0.0, deadline - time.monotonic()))) is not None:
             match message:
-                case DecisionMessage(decision=decision):
+                case DecisionMessage(decision=decision) if decision.repetition == repetition:
                     return decision
+                case DecisionMessage(decision=late):
+                    self._client.acknowledge(late)
                 case Unusable(repetition=unused, reason=reason) if unused == repetition:
                     raise UnusableError(repetition, reason)
                 case Refused() if message.request_id:
@@ -182,7 +185,11 @@ def replay_file(path: Path, scan: Scan, out: Path, options: Options) -> None:
             else:
                 runner = Remote(setup, stack.enter_context(Client(options.connect)))
         recorder = Recorder(scan)
-        troubles, maps_at, geometry = _stream(source, runner, scan, log, recorder, options, console)
+        try:
+            troubles, maps_at, geometry = _stream(source, runner, scan, log, recorder, options, console)
+        except ScansteerError:
+            runner.finish()
+            raise
         maps = runner.maps() if log.decisions else {}
         said = dict.fromkeys([*warnings, *(warning for decision in log.decisions for warning in decision.warnings), *troubles])
         summary = runner.finish() | {"warnings": list(said)}

@@ -21,9 +21,9 @@ from scansteer.realtime.images import Frame
 
 NOISELESS = 1e-3
 """Noise over signal below which images were simulated without noise: no scanner's are that quiet."""
-FEW_VALUES, FEW_MATERIALS = 0.02, 10
-"""An image of so few different values, as a share of its pixels that are not zero or in number (of at most half of them), was simulated without
-noise."""
+FEW_VALUES, MANY_VALUES, FEW_MATERIALS = 0.02, 100, 10
+"""An image of so few different values was simulated without noise: as a share of its pixels that are not zero, up to so many (the whole numbers of a
+large image repeat), or in number of at most half of them."""
 FEWEST_STRANGE, LARGEST_STRANGE_SHARE = 2, 0.2
 """Images that were not what was expected, in number and as a share of those looked at, from which on it is the model that is not trusted."""
 
@@ -127,7 +127,7 @@ class Screen:
         before = np.count_nonzero(self.moved)
         self.moved = self._continuity.moved & is_unexplained
         found = np.count_nonzero(self.moved)
-        return f"{found} voxels ({np.mean(self.moved):.1%} of the region) moved and do not count as converged." if found > before else None
+        return f"{found} voxels ({np.mean(self.moved):.1%} of the region) moved and are left out." if found > before else None
 
     @property
     def history(self) -> Float[np.ndarray, "image voxel"]:
@@ -145,7 +145,7 @@ class Screen:
 
     def _is_noiseless(self, frame: Frame) -> bool:
         values = frame.pixels[frame.pixels != 0]
-        if len(np.unique(values)) <= max(FEW_VALUES * len(values), min(FEW_MATERIALS, len(values) / 2)):
+        if len(np.unique(values)) <= max(min(FEW_VALUES * len(values), MANY_VALUES), min(FEW_MATERIALS, len(values) / 2)):
             return True
         if len(self.history) < continuity.FIRST:
             return False

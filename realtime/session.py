@@ -357,7 +357,7 @@ class Session:
             stopping.Region(each.name, each.fraction_converged, independent * each.n_voxels * (1 - each.fraction_moved)) for each in reports
         ]
         meets_targets = not stopping.behind(self._rule, progress)
-        is_enough = self._stopping.would_stop_at is None and meets_targets
+        is_enough = meets_targets and self._stopping.would_stop_at is None and self._record.refused_at is None
         steady = [at[~moved[at]] for at in voxels.places] if not moved.all() else voxels.places
         advice = self._advisor.advise(*self._reference.for_advice(info, steady), self._estimate, repetition, is_enough)
         may_stop = meets_targets or stopping.is_futile(self._rule, advice.remaining_gain)
@@ -431,11 +431,7 @@ def _suggestion(advice: Advice) -> SuggestedPulse | None:
 
 
 def _gains(advice: Advice) -> Gains:
-    return Gains(
-        next_pulse=None if advice.block is None else finite(advice.gain),
-        scheduled=finite(advice.scheduled_gain),
-        remaining=finite(advice.remaining_gain),
-    )
+    return Gains(best=finite(advice.best_gain), scheduled=finite(advice.scheduled_gain), remaining=finite(advice.remaining_gain))
 
 
 def rule_of(scan: Scan) -> stopping.Rule:
@@ -462,8 +458,9 @@ def _misfit(fit: lack_of_fit.Check, record: lack_of_fit.Record) -> str | None:
         return None
     said = [] if record.region is None else [f"region {record.region!r} by itself"]
     said += [] if record.outside is None else [f"{record.outside} lies beyond the range that the scan states (widen it, or give a map)"]
-    said += [] if fit.statistic is None else [f"residual variance {fit.statistic:.1f} x noise"]
-    said += [] if fit.prediction is None else [f"prediction errors {fit.prediction:.1f} x expected"]
+    if record.region is None or fit.region is not None:  # else the figures are of all regions together, and may look well
+        said += [] if fit.statistic is None else [f"residual variance {fit.statistic:.1f} x noise"]
+        said += [] if fit.prediction is None else [f"prediction errors {fit.prediction:.1f} x expected"]
     return f"The model does not fit since image {record.refused_at}: {', '.join(said)}; continue the approved schedule."
 
 

@@ -63,6 +63,15 @@ def test_a_duplicate_is_found_in_a_region_of_few_voxels_too(is_masked):
     assert "duplicate" in screen.look(frame(signals[0], 2), signals[0, :8], None, True)
 
 
+def test_a_duplicate_is_found_in_a_large_image_of_whole_numbers():
+    volume = np.round(np.random.default_rng(0).normal(900.0, 60.0, (4, 128, 128)))
+    one, again = (Frame(volume, Geometry(volume.shape), repetition=number) for number in (0, 1))
+    screen = Screen()
+    screen.begin(volume.size)
+    screen.keep(one, volume.reshape(-1))
+    assert "duplicate" in screen.look(again, volume.reshape(-1), None, True)
+
+
 def test_images_without_noise_may_repeat():
     signals = images(sigma=0.0)
     assert follow(signals, 8).look(frame(signals[7], 8), signals[7], None, True) is None

@@ -258,3 +258,23 @@ def test_the_first_block_played_skips_its_recovery_dummy_or_image():
             scene = world.replace(scene, values={**scene.values, "fs": np.array([f]), "ksw": np.array([k])}, sigma=0.0)
             seen = world.Scanner(scene).play(scan.schedule[0])[0] / scene.amplitude[0]
             assert float(read.reshape(n_nodes, n_nodes)[7, 7]) == pytest.approx(seen, abs=1e-5)
+
+
+def test_fixed_schedules_know_the_maps_and_the_prior_that_steering_does(prospect, follower):
+    """A draw whose T1 is mapped says as much of f as one whose T1 is known to be at the centre of its range to within the map's error."""
+    share = np.full((1, 2), 0.5)
+    mapped = {"t1_s": follower.measured("t1_s", 0.5 * (SCAN.auxiliaries["t1_s"].lower + SCAN.auxiliaries["t1_s"].upper))}
+    without, with_map = (schedules.draws_at(prospect, share, [maps], world.NOISE) for maps in ({}, mapped))
+    areas = [schedules.expected_log_areas(prospect, each, SCAN.schedule)[-1] for each in (without, with_map)]
+    assert areas[1] < areas[0]
+    widths = [(side.upper - side.lower) / side.prior_sd for side in SCAN.parameters.values()]
+    assert without.prior_precision == pytest.approx(tuple(np.square(widths)))
+
+
+def test_where_nothing_is_mapped_relaxation_lies_beyond_its_ranges():
+    wrong = world.maps_off(world.from_priors(SCAN, 12, (4,)))
+    for name in ("t1_s", "t2_s"):
+        span = SCAN.auxiliaries[name]
+        values = np.unique(wrong.values[name].round(9))
+        assert set(values) <= {round(0.9 * span.lower, 9), round(1.1 * span.upper, 9)}
+        assert len(values) == 2
