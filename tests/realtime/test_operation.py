@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,8 @@ def test_a_signal_ends_the_service_in_good_order(tmp_path, scan, make_image, num
     settings = {"endpoint": endpoint, "publish_endpoint": f"ipc://{tmp_path}/publish", "data_dir": str(tmp_path / "sessions")}
     config.write_text(yaml.safe_dump(settings))
     script = Path(__file__).with_name("small_service.py")
-    process = subprocess.Popen([sys.executable, str(script), str(config), "fake"], stderr=subprocess.PIPE, text=True)
+    told = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may ignore it (nohup)
+    process = subprocess.Popen([sys.executable, str(script), str(config), "fake"], stderr=subprocess.PIPE, text=True, preexec_fn=told)
     with Client(endpoint, timeout_s=30) as client:
         client.open(scan, "s")
         client.send_image("s", make_image(0))
