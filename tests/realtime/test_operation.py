@@ -13,7 +13,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,8 +118,9 @@ def test_a_signal_ends_the_service_in_good_order(tmp_path, scan, make_image, num
     settings = {"endpoint": endpoint, "publish_endpoint": f"ipc://{tmp_path}/publish", "data_dir": str(tmp_path / "sessions")}
     config.write_text(yaml.safe_dump(settings))
     script = Path(__file__).with_name("small_service.py")
-    told = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may ignore it (nohup)
-    process = subprocess.Popen([sys.executable, str(script), str(config), "fake"], stderr=subprocess.PIPE, text=True, preexec_fn=told)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may ignore it (nohup), and a child inherits that
+    process = subprocess.Popen([sys.executable, str(script), str(config), "fake"], stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, before)
     with Client(endpoint, timeout_s=30) as client:
         client.open(scan, "s")
         client.send_image("s", make_image(0))
