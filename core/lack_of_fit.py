@@ -136,7 +136,7 @@ def unexplained(
 ) -> Bool[np.ndarray, " voxel"]:
     """Voxels, each on its own, whose residual is more than noise and discrepancy leave in all but one of a thousand; parameters as in `check`.
 
-    None while nothing is left over to judge by.
+    No voxel is, while nothing is left over to judge by.
     """
     left = n_images - N_FITTED
     return (residual > (sigma**2 + (discrepancy * amplitude) ** 2) * quantile(left)) & (left >= 1)
